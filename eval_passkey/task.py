@@ -152,10 +152,12 @@ class PasskeyTask:
         self._encode_fixed = lru_cache(maxsize=64)(self._encode)
         self._filler_ids: dict[bool, list[int]] = {True: [], False: []}  # by: at the start of the prompt?
 
-    def minimum_length(self, key: int | None = None) -> int:
-        """Tokens that a prompt has without any filler; of the longest key if none is named."""
-        if key is None:
-            key = self.template.key_range[1]
+    def minimum_length(self) -> int:
+        """Tokens that a prompt has without any filler: the most that any of a sample of keys needs."""
+        rng = random.Random("sample of keys")
+        return max(self._length_without_filler(draw_key(self.template, rng)) for _ in range(32))
+
+    def _length_without_filler(self, key: int) -> int:
         return len(self.special_ids) + sum(len(ids) for ids in self._fixed_parts(key).values())
 
     def prompt(self, length: int, seed: int, depth: float | None = None) -> Prompt:
@@ -171,11 +173,10 @@ class PasskeyTask:
         key = draw_key(self.template, rng)
         drawn_depth = rng.random()
         fixed = self._fixed_parts(key)
-        room = length - self.minimum_length(key)
+        room = length - self._length_without_filler(key)
         if room < 0:
-            raise ValueError(
-                f"length={length}: task, needle and question alone need {self.minimum_length()} tokens of this tokenizer"
-            )
+            minimum = max(length - room, self.minimum_length())
+            raise ValueError(f"length={length}: task, needle and question alone need {minimum} tokens of this tokenizer")
         before = self._filler_before_needle(drawn_depth if depth is None else depth, room)
         counts = {"filler prefix": before, "filler suffix": room - before}
 
