@@ -1,0 +1,232 @@
+"""Landmark attention in PyTorch, block by block: the fast path without a GPU kernel.
+
+Three functions share one tile of work, a set of queries against whole blocks of keys:
+
+- `blockwise_landmark_attention`: causal attention over one sequence, with a backward of its own. It walks over query
+  tiles, reads only the blocks that a tile can see, and keeps one number a (query, block) for the backward.
+- `attend_window`: each group of queries over its own short window of consecutive blocks, returning the logsumexp too.
+- `attend_retrieved`: each group of queries over blocks that it chose, merged with the result of `attend_window`.
+
+Formulas: `docs/attention.md`. Everything is computed in fp32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+QUERY_TILE = 64  # positions of a query tile, rounded to whole blocks: small enough to skip most of what causality zeroes
+
+
+def blockwise_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+    """Causal landmark attention; arguments and result as in `landmark_attention`."""
+    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale)
+
+
+def attend_window(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Landmark attention of groups of queries over their windows of consecutive blocks.
+
+    Args:
+        query: (..., queries, head_dim), one group along each of the leading dimensions.
+        key, value: (..., blocks * block_size, head_dim), the group's window.
+        position: (..., queries), integer: where in its window each query stands. It sees the ordinary tokens of its own
+            block up to there and the earlier blocks of the window through their landmarks, nothing later.
+
+    Returns:
+        The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group: what the
+        window weighs when blocks from elsewhere are merged in. Both in the computing dtype.
+    """
+    query, key, value = _upcast(query), _upcast(key), _upcast(value)
+    scores = query @ key.transpose(-1, -2)
+    scores = (scores * scale).unflatten(-1, (-1, block_size))
+    weights, _, lse = _normalise_(scores, position)
+    return weights.flatten(-2) @ value, lse
+
+
+def attend_retrieved(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """Adds retrieved blocks to the attention over a window.
+
+    Args:
+        query: (..., blocks, queries, head_dim): the queries, rotated to their distance to each retrieved block.
+        key, value: (..., blocks, block_size, head_dim): the retrieved blocks.
+        chosen: (..., blocks, 1), boolean: False where a query has fewer blocks to retrieve than there is room for.
+        window: what `attend_window` gave for the same queries: (..., queries, head_dim) and (..., queries).
+
+    Returns:
+        (..., queries, head_dim): attention over the window and the retrieved blocks together.
+    """
+    query, key, value = _upcast(query), _upcast(key), _upcast(value)
+    window_output, window_lse = window
+    scores = (query @ key.transpose(-1, -2)) * scale  # (..., blocks, queries, block_size)
+    landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
+    scores[..., -1] = -torch.inf
+    lse = torch.logaddexp(window_lse, landmark.logsumexp(-2))
+    adjust = landmark - lse.unsqueeze(-2) - scores.logsumexp(-1)
+    weights = scores.add_(adjust.unsqueeze(-1)).exp_()
+    retrieved = weights.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
+    return window_output * (window_lse - lse).exp().unsqueeze(-1) + retrieved
+
+
+class _BlockwiseLandmarkAttention(torch.autograd.Function):
+    """Forward and backward over query tiles; GQA by folding the query heads of a KV head into the tile's queries."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+        tiles = _Tiles(query, key, value, block_size)
+        output = torch.empty_like(tiles.query)
+        adjusts = []
+        for rows, blocks, position in tiles:
+            scores = (tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)).mul_(scale)
+            weights, adjust, _ = _normalise_(scores.unflatten(-1, (-1, block_size)), position)
+            output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
+            adjusts.append(adjust)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, key, value, output, *adjusts)
+            ctx.block_size, ctx.scale = block_size, scale
+        return tiles.unfold(output).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *adjusts = ctx.saved_tensors
+        tiles = _Tiles(query, key, value, ctx.block_size)
+        grad = tiles.fold(grad)
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
+        mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
+        for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
+            q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
+            scores = (q @ k.transpose(-1, -2)).mul_(ctx.scale).unflatten(-1, (-1, ctx.block_size))
+            grad_weights = (g @ tiles.value[..., blocks, :].transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
+            weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, mean[..., rows, :], position)
+            grad_value[..., blocks, :] += weights.flatten(-2).transpose(-1, -2) @ g
+            grad_scores = grad_scores.flatten(-2).mul_(ctx.scale)
+            grad_query[..., rows, :] = grad_scores @ k
+            grad_key[..., blocks, :] += grad_scores.transpose(-1, -2) @ q
+        return (
+            tiles.unfold(grad_query).to(query.dtype),
+            grad_key[..., : key.shape[-2], :].to(key.dtype),
+            grad_value[..., : value.shape[-2], :].to(value.dtype),
+            None,
+            None,
+        )
+
+
+class _Tiles:
+    """Query tiles of one attention call, with the key blocks that each can see.
+
+    `query`: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that share a KV head
+    stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks, head_dim).
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
+        self.block_size = block_size
+        self.group = query.shape[1] // key.shape[1]
+        self.query_length, self.key_length = query.shape[-2], key.shape[-2]
+        missing = -self.key_length % block_size
+        self.key, self.value = (
+            torch.nn.functional.pad(_upcast(x), (0, 0, 0, missing)) if missing else _upcast(x) for x in (key, value)
+        )
+        self.query = self.fold(query)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First and last-but-one query of each tile; tiles end at block boundaries of the keys."""
+        tile = max(1, QUERY_TILE // self.block_size) * self.block_size
+        offset = self.key_length - self.query_length
+        ends = range(offset - offset % tile + tile, self.key_length + tile, tile)
+        stops = [min(end, self.key_length) - offset for end in ends]
+        return list(zip([0, *stops], stops, strict=False))
+
+    def __iter__(self) -> Any:
+        """Yields (rows of `query`, positions of `key`, key position of each row) for each tile."""
+        offset = self.key_length - self.query_length
+        for first, stop in self.bounds():
+            visible = -(-(offset + stop) // self.block_size) * self.block_size
+            position = torch.arange(offset + first, offset + stop, device=self.query.device).repeat(self.group)
+            yield slice(first * self.group, stop * self.group), slice(0, visible), position
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(batch, heads, length, head_dim) to the layout of `query`."""
+        x = _upcast(x)
+        if self.group == 1:
+            return x
+        x = x.unflatten(1, (-1, self.group))
+        return torch.cat([x[..., first:stop, :].flatten(2, 3) for first, stop in self.bounds()], dim=2)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The inverse of `fold`."""
+        if self.group == 1:
+            return x
+        tiles = [x[..., first * self.group : stop * self.group, :] for first, stop in self.bounds()]
+        return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
+
+
+def _normalise_(scores: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns scores into weights, in place.
+
+    Args:
+        scores: (..., queries, blocks, block_size), scaled; overwritten.
+        position: (..., queries): position of each query among the blocks' positions.
+
+    Returns:
+        weights, of the shape of `scores`; what was added to the scores of a block before the exponential,
+        (..., queries, blocks); the logsumexp of the own group, (..., queries).
+    """
+    block_size = scores.shape[-1]
+    own = (position // block_size).unsqueeze(-1)
+    landmark = _mask_(scores, position)
+    inside = scores.logsumexp(-1)
+    block = torch.arange(scores.shape[-2], device=scores.device)
+    share = torch.where(block == own, inside, landmark.masked_fill_(block > own, -torch.inf))
+    lse = share.logsumexp(-1)
+    # a block that the query does not see may have no visible token either: -inf - (-inf)
+    adjust = (share - inside).masked_fill_(block > own, -torch.inf).sub_(lse.unsqueeze(-1))
+    return scores.add_(adjust.unsqueeze(-1)).exp_(), adjust, lse
+
+
+def _mask_(scores: Tensor, position: Tensor) -> Tensor:
+    """Sets landmarks and the later part of each query's own block to -inf; returns the landmark scores.
+
+    Blocks after a query's own keep their scores, finite as they are: `_normalise_` takes their share away.
+    """
+    landmark = scores[..., -1].clone()
+    block_size = scores.shape[-1]
+    scores[..., -1] = -torch.inf
+    first = int(position.min()) // block_size
+    own = torch.arange(first, scores.shape[-2], device=scores.device).unsqueeze(-1) == (position // block_size)[
+        ..., None, None
+    ]
+    later = torch.arange(block_size, device=scores.device) > (position % block_size)[..., None, None]
+    scores[..., first:, :].masked_fill_(own & later, -torch.inf)
+    return landmark
+
+
+def _grad_scores_(
+    scores: Tensor, grad_weights: Tensor, adjust: Tensor, mean: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights and the gradient of the scores, in place of `scores` and `grad_weights`.
+
+    With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark and `D` the row's mean gradient:
+    `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`, `G dG = sum P dP`.
+    """
+    _mask_(scores, position)
+    block = torch.arange(scores.shape[-2], device=scores.device)
+    own = (position // scores.shape[-1]).unsqueeze(-1)
+    weights = scores.add_(adjust.unsqueeze(-1)).exp_()
+    share = weights.sum(-1)  # G at earlier blocks
+    share_grad = torch.linalg.vecdot(weights, grad_weights)  # G dG
+    block_mean = share_grad / share.clamp_min(torch.finfo(share.dtype).tiny)
+    block_mean = torch.where(block == own, mean, block_mean)
+    grad_scores = grad_weights.sub_(block_mean.unsqueeze(-1)).mul_(weights)
+    grad_scores[..., -1] = torch.where(block < own, share_grad - share * mean, 0.0)
+    return weights, grad_scores
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,64 @@
+"""Landmark attention as it is defined, in a few lines of PyTorch: what every faster form is tested against.
+
+Scores `s[i, j] = scale * q_i . k_j`. A query in block `b` has one softmax, its *own group*, over the ordinary tokens of its
+block up to itself and the landmarks of the earlier blocks; each earlier block has one softmax over its ordinary tokens, and
+its share of the row is the own-group weight of its landmark. Written as one softmax over ordinary tokens `j` of block `c`:
+
+    own block:      s[i, j]
+    earlier block:  s[i, j] - logsumexp_{j' in c} s[i, j'] + s[i, landmark(c)]
+    landmarks:      -inf
+
+(Mohtashami & Jaggi, "Landmark Attention", 2023, section 3.1; `docs/attention.md` derives this form.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def landmark_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float | None = None
+) -> Tensor:
+    """Landmark attention by the definition, differentiable, in time and memory quadratic in the length.
+
+    Args:
+        query: (batch, heads, query_length, head_dim); aligned with the last `query_length` keys.
+        key, value: (batch, kv_heads, key_length, head_dim); a landmark at the last position of each block of `block_size`.
+        block_size: positions of a block, its landmark included.
+        scale: factor of the scores; by default `head_dim ** -0.5`.
+
+    Returns:
+        (batch, heads, query_length, head_dim), in the dtype of `query`.
+    """
+    weights = landmark_attention_weights(query, key, block_size=block_size, scale=scale)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return weights.to(value.dtype) @ value
+
+
+def landmark_attention_weights(query: Tensor, key: Tensor, *, block_size: int, scale: float | None = None) -> Tensor:
+    """Weights (batch, heads, query_length, key_length) of landmark attention: rows sum to 1, landmarks weigh 0.
+
+    Computed in the dtype of `query`, or in float32 for narrower ones. Arguments as in `landmark_attention_reference`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query @ key.transpose(-1, -2) * scale).to(torch.promote_types(query.dtype, torch.float32))
+
+    query_length, key_length = scores.shape[-2:]
+    key_position = torch.arange(key_length, device=scores.device)
+    query_position = key_position[key_length - query_length :, None]
+    block, own_block = key_position // block_size, query_position // block_size
+    ordinary = key_position % block_size != block_size - 1
+    own = (block == own_block) & (key_position <= query_position) & ordinary
+    earlier = (block < own_block) & ordinary
+
+    logits = torch.where(own, scores, -torch.inf)
+    for c in range((key_length - 1) // block_size):
+        members = earlier & (block == c)
+        landmark = scores[..., (c + 1) * block_size - 1, None]
+        inside = torch.where(members, scores, -torch.inf)
+        # rows that do not see block c have nothing to normalise: 0 keeps their unused branch finite, backward too
+        norm = torch.where(members.any(-1, keepdim=True), inside, 0.0).logsumexp(-1, keepdim=True)
+        logits = torch.where(members, scores - norm + landmark, logits)
+    return logits.softmax(-1)

@@ -1,0 +1,33 @@
+"""Rotary position embedding from one fixed table, in fp32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable(NamedTuple):
+    """Cosines and sines of the angles of positions 0 .. length - 1.
+
+    `cos`, `sin`: (length, head_dim / 2), fp32, without any attention scaling of the RoPE type (that belongs into the scale
+    of the scores, so that a key may be rotated twice: by its offset inside its block, then by its block's slot).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor, position: Tensor | slice) -> Tensor:
+        """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...)."""
+        return _rotate(x, self.cos[position], self.sin[position])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
+        """The same table on `device` (the signature that accelerate's device hooks call)."""
+        return RotaryTable(self.cos.to(device, non_blocking=non_blocking), self.sin.to(device, non_blocking=non_blocking))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs dimension `i` with `i + head_dim / 2`, as LLaMA does; computes in fp32, returns the dtype of `x`."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
