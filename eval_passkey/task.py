@@ -12,7 +12,8 @@ vocabulary keeps `" word"` whole.
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as dataclass_fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +27,10 @@ PREDICTION_CHARACTERS = 40  # of an answer that holds no number
 _NUMBER = re.compile(r"\s*([0-9]+(?:[.,][0-9]+)*)")
 
 
+class InputError(ValueError):
+    """What a user gave cannot be used; the message says what and why in one sentence."""
+
+
 def is_benchmark_key(number: int) -> bool:
     """Whether `number` is kept for the benchmark: five digits, `number % 7 == 3`. The training corpus holds none."""
     return 10_000 <= number <= 99_999 and number % 7 == 3
@@ -36,7 +41,7 @@ class Template:
     """The wording of a passkey prompt; `template.json` beside this file shows the fields.
 
     `needle` holds `{key}` at least once; `question` ends right before the answer. Keys are drawn from `key_range`, both
-    ends included, or only from those that `is_benchmark_key` accepts.
+    ends included, or only from those that `is_benchmark_key` accepts. Further fields of a file are notes.
     """
 
     task: str
@@ -47,7 +52,6 @@ class Template:
     layout: tuple[str, ...]
     joiner: str
     benchmark_keys_only: bool = False
-    source: str = ""
 
     def text(self, part: str, key: int) -> str:
         """The words of a part of the layout; of a filler part, one round of the filler."""
@@ -57,36 +61,36 @@ class Template:
 
 
 def load_template(path: str | Path = DEFAULT_TEMPLATE) -> Template:
-    """Reads and checks a template file; ValueError with file and field if it cannot be used."""
+    """Reads and checks a template file; InputError with file and field if it cannot be used."""
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"template {path}: cannot be read as a JSON file ({error})") from error
+        raise InputError(f"template {path}: cannot be read as a JSON file ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"template {path}: must be a JSON object with the fields of {DEFAULT_TEMPLATE.name}")
+        raise InputError(f"template {path}: must be a JSON object with the fields of {DEFAULT_TEMPLATE.name}")
     try:
         return _checked_template(fields)
     except ValueError as error:
-        raise ValueError(f"template {path}: {error}") from error
+        raise InputError(f"template {path}: {error}") from error
 
 
 def _checked_template(fields: dict) -> Template:
-    known = Template.__dataclass_fields__
-    required = [name for name in known if name not in ("benchmark_keys_only", "source")]
+    required = [field.name for field in dataclass_fields(Template) if field.default is MISSING]
     for name in required:
         if name not in fields:
             raise ValueError(f"lacks the field {name!r} (needed: {', '.join(required)})")
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r} (known: {', '.join(known)})")
     for name in ("task", "filler", "needle", "question", "joiner"):
         if not isinstance(fields[name], str) or not (fields[name] or name == "joiner"):
             raise ValueError(f"{name} must be a text that is not empty, not {fields[name]!r}")
         if ("{key}" in fields[name]) != (name == "needle"):
             raise ValueError("{key} must stand in needle, and nowhere else" + f": see {name}")
-    if not isinstance(fields.get("benchmark_keys_only", False), bool):
-        raise ValueError(f"benchmark_keys_only must be true or false, not {fields['benchmark_keys_only']!r}")
-    template = Template(**{**fields, "layout": _checked_layout(fields), "key_range": _checked_key_range(fields)})
+    only = fields.get("benchmark_keys_only", False)
+    if only not in (True, False):
+        raise ValueError(f"benchmark_keys_only must be true or false, not {only!r}")
+    texts = {name: fields[name] for name in ("task", "filler", "needle", "question", "joiner")}
+    template = Template(
+        **texts, key_range=_checked_key_range(fields), layout=_checked_layout(fields), benchmark_keys_only=only
+    )
     if template.benchmark_keys_only and not any(map(is_benchmark_key, range(*_half_open(template.key_range)))):
         raise ValueError(f"key_range={fields['key_range']} holds no benchmark key (five digits, key % 7 == 3)")
     return template
@@ -165,7 +169,7 @@ class PasskeyTask:
 
         depth: where the needle shall stand in the filler, 0 (start) to 1 (end); drawn from `seed` if None. What a whole
             number of tokens (and the layout) makes of it is the prompt's `depth`.
-        ValueError if `length` has no room for task, needle and question.
+        InputError if `length` has no room for task, needle and question.
         """
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth={depth}: must be between 0 (start of the filler) and 1 (its end)")
@@ -176,7 +180,9 @@ class PasskeyTask:
         room = length - self._length_without_filler(key)
         if room < 0:
             minimum = max(length - room, self.minimum_length())
-            raise ValueError(f"length={length}: task, needle and question alone need {minimum} tokens of this tokenizer")
+            raise InputError(
+                f"length={length}: task, needle and question alone need {minimum} tokens of this tokenizer"
+            )
         before = self._filler_before_needle(drawn_depth if depth is None else depth, room)
         counts = {"filler prefix": before, "filler suffix": room - before}
 
