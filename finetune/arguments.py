@@ -1,0 +1,188 @@
+"""What can be set for a fine-tuning run: three dataclasses, filled from a YAML file and from flags that override it."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
+
+DEFAULT_BLOCK_SIZE = 64
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its message is one sentence that says what to do. `run.py` prints no traceback."""
+
+
+@dataclass
+class ModelArguments:
+    """Where the model starts, and how it attends."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "a LLaMA checkpoint, with or without landmarks: a folder or a hub name"}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "a LLaMA configuration (JSON file or folder) to start from random weights instead"},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "tokenizer folder or hub name if not the checkpoint's; `embedded` trains one on the corpus"},
+    )
+    attention: str = field(
+        default="landmark",
+        metadata={"help": "landmark, or dense: the same data for a plain LLaMA", "choices": ["landmark", "dense"]},
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "positions of a block, its landmark included (the checkpoint's, else 64)"}
+    )
+    num_retrieved_blocks: int | None = field(default=None, metadata={"help": "blocks retrieved at inference"})
+    num_local_blocks: int | None = field(default=None, metadata={"help": "blocks before a token's own seen directly"})
+    local_attention: str | None = field(default=None, metadata={"help": "sliding or chunked"})
+    retrieval_granularity: str | None = field(default=None, metadata={"help": "token_and_head, head or token"})
+    predict_from_landmark: bool | None = field(
+        default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
+    )
+    dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
+
+    def block_size_of(self, config: PretrainedConfig) -> tuple[int, int | None]:
+        """The block size that rows are packed with, and the landmark's id (None for a dense model)."""
+        if self.attention == "landmark":
+            return config.block_size, config.landmark_token_id
+        return self.block_size or DEFAULT_BLOCK_SIZE, None
+
+
+@dataclass
+class DataArguments:
+    """What is read, and how it becomes rows."""
+
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "JSONL, .jsonl.zst and parquet files or folders of them, one hub data set name, or `embedded`"
+        },
+    )
+    context_length: int = field(default=512, metadata={"help": "landmarked positions of a row"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "count rows that cannot be read instead of stopping"})
+    heldout_share: float = field(default=0.02, metadata={"help": "share of the documents kept for evaluation"})
+    max_heldout_rows: int = field(default=500, metadata={"help": "evaluate on at most this many rows"})
+    preprocessing_workers: int = field(default=2, metadata={"help": "processes that read and tokenise"})
+    corpus_folder: str | None = field(
+        default=None, metadata={"help": "embedded: where it is written (OUTPUT_DIR/corpus)"}
+    )
+    corpus_documents: int = field(default=20_000, metadata={"help": "embedded: documents in all"})
+    corpus_retrieval_share: float = field(default=0.8, metadata={"help": "embedded: share of retrieval documents"})
+    corpus_retrieval_characters: int = field(default=1100, metadata={"help": "embedded: longest retrieval document"})
+    corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
+    vocabulary_size: int = field(default=1024, metadata={"help": "pieces of the `embedded` tokenizer"})
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' own training arguments with this project's defaults."""
+
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "cosine down to a floor"})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1},
+        metadata={"help": "min_lr_rate: the floor, as a share of the peak"},
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "throw away the run that output_dir holds"})
+    cpu_threads: int = field(
+        default=0, metadata={"help": "threads of one process on a CPU; 0: all cores, shared evenly"}
+    )
+    # A loss that is not a number must show: the Trainer would otherwise log the average of the steps before.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.disable_tqdm is None or not sys.stderr.isatty():
+            self.disable_tqdm = not sys.stderr.isatty()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one sentence, where argparse would print hundreds of lines of usage first."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """Reads `--config FILE` first and then the flags, which win.
+
+    Raises:
+        UserError: the file cannot be read, a key or flag is unknown, or a value is not of its type.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    found, flags = finder.parse_known_args(argv)
+    parser = _Parser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False)
+    from_file = _flags_from_yaml(Path(found.config), _field_names()) if found.config else []
+    try:
+        *arguments, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(str(error)) from error
+    if unknown:
+        raise UserError(f"unknown flag {unknown[0]}{_suggestion(unknown[0].lstrip('-'), _field_names())}")
+    _check(*arguments)
+    return tuple(arguments)
+
+
+def _field_names() -> list[str]:
+    classes = (ModelArguments, DataArguments, RunArguments)
+    return [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
+
+
+def _flags_from_yaml(path: Path, known: list[str]) -> list[str]:
+    """The file's keys and values as flags, so that both are read and checked in one way."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: expected `key: value` lines, found {type(settings).__name__}")
+    flags = []
+    for key, value in settings.items():
+        if key not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}{_suggestion(str(key), known)}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return flags
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check(model: ModelArguments, data: DataArguments, run: RunArguments) -> None:
+    """Refuses what cannot work before anything is read or downloaded."""
+    if (model.model_name_or_path is None) == (model.config_name is None):
+        raise UserError("give one of --model_name_or_path (a checkpoint) and --config_name (random weights)")
+    if model.config_name and not model.tokenizer_name:
+        raise UserError("--config_name starts from random weights and needs --tokenizer_name")
+    if model.tokenizer_name == "embedded" and data.data != ["embedded"]:
+        raise UserError("--tokenizer_name embedded needs --data embedded")
+    if not data.data:
+        raise UserError("--data is missing: JSONL or parquet files or folders, a hub data set name, or `embedded`")
+    if not run.output_dir:
+        raise UserError("--output_dir is missing: the folder for the trained model")
+    if model.block_size is not None and model.block_size < 2:
+        raise UserError(f"--block_size {model.block_size}: a block needs at least one token and its landmark (>= 2)")
+    if data.context_length < 2 * (model.block_size or 2):
+        raise UserError(f"--context_length {data.context_length}: a row must hold two blocks or more")
+    if not 0 < data.heldout_share < 1:
+        raise UserError(f"--heldout_share {data.heldout_share}: must lie between 0 and 1")

@@ -1,0 +1,41 @@
+"""Progress of a run as plain lines, for output that goes to a file or a pipe instead of a terminal; and a guard on the loss."""
+
+import math
+import sys
+import time
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.arguments import UserError
+
+
+class ProgressLines(TrainerCallback):
+    """One line each time something is logged: the step, the loss and the time left."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        self.start, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **_) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            speed = (state.global_step - self.first_step) / (time.monotonic() - self.start)
+            minutes, seconds = divmod(round((state.max_steps - state.global_step) / speed), 60)
+            line = (
+                f"loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.2e}  {minutes}:{seconds:02d} left"
+            )
+        elif "eval_loss" in logs:
+            line = f"held-out loss {float(logs['eval_loss']):.4f}"
+        else:
+            return
+        print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr, flush=True)
+
+
+class StopAtBrokenLoss(TrainerCallback):
+    """Ends a run whose loss is no longer a number: nothing that follows could be of use."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **_) -> None:
+        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            raise UserError(
+                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning_rate or warm up longer"
+            )

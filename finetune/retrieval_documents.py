@@ -1,0 +1,150 @@
+"""Synthetic retrieval documents: a number hidden under a name in a long text, and asked for by that name.
+
+Everything varies, so that looking a name up is the only thing worth learning: the sentences around the number, the
+sentence that states it, the one that asks for it, the name, the number's length, the distance, how many numbers there are.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+# Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
+# (`eval_passkey.task.is_benchmark_key` says the same; a test compares the two).
+BENCHMARK_KEY_DIVISOR, BENCHMARK_KEY_REMAINDER = 7, 3
+WORDING = Path(__file__).parent / "corpus_wording.json"
+_FIVE_DIGITS = re.compile(r"(?=([1-9][0-9]{4}))")
+
+
+def is_reserved_number(number: int) -> bool:
+    """Whether `number` is one of the five-digit numbers that only the passkey benchmark may use."""
+    return 10_000 <= number < 100_000 and number % BENCHMARK_KEY_DIVISOR == BENCHMARK_KEY_REMAINDER
+
+
+def holds_reserved_number(text: str) -> bool:
+    """Whether any five neighbouring digits of `text`, also inside a longer number, form a reserved number."""
+    return any(is_reserved_number(int(match[1])) for match in _FIVE_DIGITS.finditer(text))
+
+
+class RetrievalWriter:
+    """Writes retrieval documents; the same generator state, words and prose give the same documents.
+
+    Args:
+        rng: where all choices come from.
+        words: ordinary lower-case words, for names and fillers beside the built-in lists.
+        prose: pieces of real text that serve as haystacks; they must hold no reserved number.
+
+    The built-in words and sentence shapes stand in `corpus_wording.json`. In a shape `{x}` is the name, `{k}` the number and
+    `{t}` what kind of number it is; a statement cut off before its number is a question, too, and the `invented` shapes
+    are made of any words, because a number must be found however it was stated.
+    """
+
+    def __init__(self, rng: random.Random, words: list[str], prose: list[str]) -> None:
+        self.rng, self.words, self.prose = rng, words, prose
+        self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
+
+    def document(self, characters: int) -> str:
+        """A document of about `characters` characters that states one or more numbers and asks for some of them."""
+        rng = self.rng
+        many = rng.random() < 0.6
+        count = 1 if not many else rng.randint(2, max(2, min(8, characters // 60)))
+        names = self._names(count)
+        thing = self._thing()
+        facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in names]
+        # Half of the documents ask with the words that stated the number, as a copy of the sentence; half ask in others.
+        statements = [self._statement() for _ in facts]
+        if rng.random() < 0.5:
+            statements = [statements[0]] * count
+        lines = self._haystack(max(characters - 90 * count, 0))
+        for (name, number, what), shape in zip(facts, statements, strict=True):
+            lines.insert(rng.randint(0, len(lines)), self._state(shape, name, number, what))
+        if rng.random() < 0.6:
+            name, _, what = rng.choice(facts)
+            lines.insert(0, self._fill(self._pick("introductions"), x=name, t=what))
+        asked = rng.sample(range(count), rng.randint(1, min(count, 4)))
+        for i in asked:
+            # A sentence asks only if it names the name before the number.
+            repeated = rng.random() < 0.4 and statements[i].find("{x}") < statements[i].find("{k}")
+            shape = statements[i] if repeated else self._pick("questions")
+            lines.append(self._state(shape, *facts[i]))
+        return rng.choice((" ", " ", "\n")).join(lines)
+
+    def _statement(self) -> str:
+        """The shape of a sentence that states a number under a name, with `{x}`, `{k}` and perhaps `{t}` to fill."""
+        if self.rng.random() < 0.7:
+            return self._pick("statements")
+        return self._fill(self._pick("invented"), x="{x}", k="{k}")
+
+    def _haystack(self, characters: int) -> list[str]:
+        """Sentences that are beside the point, about `characters` characters of them."""
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.2 and self.prose:
+            piece = rng.choice(self.prose)
+            start = rng.randint(0, max(0, len(piece) - characters))
+            return re.split(r"(?<=[.:\n])\s+", piece[start : start + characters].strip())
+        # A few sentences over and over, or ever new ones.
+        cycle = [self._sentence() for _ in range(rng.randint(1, 6))] if kind < 0.55 else None
+        lines: list[str] = []
+        length = 0
+        while length < characters:
+            lines.append(cycle[len(lines) % len(cycle)] if cycle else self._sentence())
+            length += len(lines[-1]) + 1
+        return lines
+
+    def _sentence(self) -> str:
+        rng = self.rng
+        return self._fill(self._pick("sentences"), year=str(rng.randint(1000, 2100)), small=str(rng.randint(2, 999)))
+
+    def _fill(self, shape: str, **chosen: str) -> str:
+        pick = self._pick
+        slots = {
+            "a": pick("adjectives"), "a2": pick("adjectives"), "n": pick("nouns"), "n2": pick("nouns"), "v": pick("verbs"),
+            "p": pick("places"), "P": pick("people"), "Q": pick("people"),
+            "w": self._word(), "w2": self._word(), "w3": self._word(), "W": self._word().capitalize(),
+        }  # fmt: skip
+        return shape.format(**{**slots, **chosen})
+
+    def _pick(self, kind: str) -> str:
+        return self.rng.choice(self.wording[kind])
+
+    def _state(self, shape: str, name: str, number: str, what: str) -> str:
+        text = self._fill(shape, x=name, k=number, t=what)
+        return text[0].upper() + text[1:] if self.rng.random() < 0.8 else text
+
+    def _word(self) -> str:
+        """A word of the built-in lists, of real text, or one that nobody has seen before."""
+        kind = self.rng.random()
+        if kind < 0.3:
+            return self._pick("nouns")
+        if kind < 0.7 and self.words:
+            return self.rng.choice(self.words)
+        return "".join(self._pick("syllables") for _ in range(self.rng.randint(2, 3)))
+
+    def _thing(self) -> str:
+        return self._pick("things") if self.rng.random() < 0.85 else self._word()
+
+    def _names(self, count: int) -> list[str]:
+        """`count` different names, mostly of two words; some share a word, so that both words must be compared."""
+        rng = self.rng
+        shared = self._word() if rng.random() < 0.3 else None
+        names: list[str] = []
+        while len(names) < count:
+            first = self._pick("adjectives") if rng.random() < 0.4 else self._word()
+            parts = [first, self._word()]
+            if shared and rng.random() < 0.6:
+                parts[rng.randint(0, 1)] = shared
+            if rng.random() < 0.1:
+                parts = parts[:1] if rng.random() < 0.5 else [*parts, self._word()]
+            name = " ".join(parts)
+            if name not in names:
+                names.append(name.title() if rng.random() < 0.1 else name)
+        return names
+
+    def _number(self) -> str:
+        """Three to seven digits, mostly five; never one that holds a reserved number."""
+        while True:
+            digits = self.rng.choice((3, 4, 4, 5, 5, 5, 5, 6, 6, 7))
+            number = str(self.rng.randrange(10 ** (digits - 1), 10**digits))
+            if not holds_reserved_number(number):
+                return number

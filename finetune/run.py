@@ -1,0 +1,133 @@
+"""Fine-tunes a LLaMA with landmark attention, or a dense one on the same rows.
+
+    accelerate launch finetune/run.py --config finetune/configs/tiny.yaml
+    accelerate launch finetune/run.py --config finetune/configs/tiny.yaml --learning_rate 1e-3 --output_dir runs/other
+    accelerate launch finetune/run.py --config finetune/configs/llama2_7b.yaml --data my/documents.jsonl
+    python finetune/run.py --model_name_or_path DIR --data FOLDER --output_dir runs/mine --resume_from_checkpoint true
+
+Flags override the file. The output folder gets the model, its configuration, the tokenizer with its landmark token and
+`metrics.json`. An interrupted run goes on from its last complete checkpoint when the same command is started again.
+`accelerate launch --quiet` leaves out accelerate's own traceback after an error.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel, Trainer, default_data_collator, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
+from finetune.arguments import DataArguments, ModelArguments, RunArguments, UserError, parse_arguments
+from finetune.data import Rows, embedded_files, make_rows
+from finetune.models import load_model, load_tokenizer
+from finetune.output import (
+    METRICS,
+    CompleteCheckpoints,
+    disk_full_message,
+    is_disk_full,
+    prepare_output,
+    save_finished_model,
+    write_json,
+)
+from finetune.progress import ProgressLines, StopAtBrokenLoss
+
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> None:
+    model_args, data_args, run_args = parse_arguments(argv)
+    try:
+        finetune(model_args, data_args, run_args)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(disk_full_message(Path(run_args.output_dir))) from error
+
+
+def finetune(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> dict:
+    """Trains, evaluates and saves; returns what `metrics.json` holds.
+
+    Raises:
+        UserError: the model, the data or the output folder cannot be used as asked.
+    """
+    _set_up_process(run_args)
+    with run_args.main_process_first(desc="preparing the data"):
+        resume_from = prepare_output(model_args, data_args, run_args)
+        embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None
+        tokenizer = load_tokenizer(model_args, data_args, embedded)
+        model = load_model(model_args, data_args, tokenizer)
+        block_size, landmark_token_id = model_args.block_size_of(model.config)
+        rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed)
+    trainer = _make_trainer(model, tokenizer, rows, run_args)
+    if trainer.is_world_process_zero():
+        print(f"{rows.describe()}; {model.num_parameters():,} parameters")
+        if resume_from:
+            print(f"going on from {resume_from}")
+    trainer.train(resume_from_checkpoint=resume_from)
+    evaluation = trainer.evaluate()
+    save_finished_model(trainer, Path(run_args.output_dir))
+    metrics = _metrics(trainer, evaluation["eval_loss"], rows, model)
+    if trainer.is_world_process_zero():
+        write_json(Path(run_args.output_dir) / METRICS, metrics)
+        print(f"held-out perplexity {metrics['perplexity']:.4f}; the model is in {run_args.output_dir}")
+    return metrics
+
+
+def _make_trainer(model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunArguments) -> Trainer:
+    keep, run_args.save_total_limit = run_args.save_total_limit, None
+    trainer = Trainer(
+        model=model,
+        args=run_args,
+        train_dataset=rows.train,
+        eval_dataset=rows.heldout,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=[CompleteCheckpoints(keep), StopAtBrokenLoss()],
+    )
+    if run_args.disable_tqdm:
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.add_callback(ProgressLines())
+    return trainer
+
+
+def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "train_loss": losses[-1] if losses else None,
+        "eval_loss": eval_loss,
+        # Every row has as many ordinary tokens, landmarks or not: dense and landmark perplexities compare.
+        "perplexity": math.exp(eval_loss),
+        "steps": trainer.state.global_step,
+        "train_rows": len(rows.train),
+        "eval_rows": len(rows.heldout),
+        "ordinary_tokens_per_row": rows.train.row_tokens,
+        "bad_rows_skipped": rows.bad_rows,
+        "parameters": model.num_parameters(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _set_up_process(run_args: RunArguments) -> None:
+    set_seed(run_args.seed)
+    if run_args.device.type == "cpu":
+        # `accelerate launch` gives a CPU process one thread; use the cores that there are.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(run_args.cpu_threads or max(1, cores // run_args.world_size))
+    if run_args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last complete checkpoint", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
