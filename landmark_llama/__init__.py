@@ -1,1 +1,31 @@
-"""Landmark LLaMA: LLaMA models that read texts far longer than they were trained on, by landmark attention."""
+"""Landmark LLaMA: LLaMA models that read texts far longer than they were trained on, by landmark attention.
+
+Importing the package registers its configuration and models with transformers' Auto classes.
+"""
+
+from landmark_llama import _versions  # noqa: F401  (first: it refuses versions that the rest cannot be imported with)
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from landmark_llama.attention import landmark_attention
+from landmark_llama.cache import LandmarkCache
+from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.modeling import LandmarkLlamaForCausalLM, LandmarkLlamaModel
+from landmark_llama.tokenization import add_landmark_token, insert_landmarks, strip_landmarks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LandmarkCache",
+    "LandmarkLlamaConfig",
+    "LandmarkLlamaForCausalLM",
+    "LandmarkLlamaModel",
+    "add_landmark_token",
+    "insert_landmarks",
+    "landmark_attention",
+    "strip_landmarks",
+]
+
+AutoConfig.register(LandmarkLlamaConfig.model_type, LandmarkLlamaConfig, exist_ok=True)
+AutoModel.register(LandmarkLlamaConfig, LandmarkLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(LandmarkLlamaConfig, LandmarkLlamaForCausalLM, exist_ok=True)

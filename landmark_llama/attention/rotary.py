@@ -11,12 +11,14 @@ from torch import Tensor
 class RotaryTable(NamedTuple):
     """Cosines and sines of the angles of positions 0 .. length - 1.
 
-    `cos`, `sin`: (length, head_dim / 2), fp32, without any attention scaling of the RoPE type (that belongs into the scale
-    of the scores, so that a key may be rotated twice: by its offset inside its block, then by its block's slot).
+    `cos`, `sin`: (length, head_dim / 2), fp32, of unit length.
+    `scaling`: factor that the RoPE type puts on queries and on keys. It is left to the scale of the scores, so that a key
+        may be rotated twice: by its offset inside its block, then by its block's slot.
     """
 
     cos: Tensor
     sin: Tensor
+    scaling: float = 1.0
 
     def rotate(self, x: Tensor, position: Tensor | slice) -> Tensor:
         """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...)."""
@@ -24,7 +26,8 @@ class RotaryTable(NamedTuple):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
         """The same table on `device` (the signature that accelerate's device hooks call)."""
-        return RotaryTable(self.cos.to(device, non_blocking=non_blocking), self.sin.to(device, non_blocking=non_blocking))
+        cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
+        return RotaryTable(cos, sin, self.scaling)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

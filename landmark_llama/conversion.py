@@ -1,0 +1,82 @@
+"""Vanilla LLaMA -> landmark LLaMA, and loading that refuses what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.tokenization import add_landmark_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Model = TypeVar("Model", bound=LlamaForCausalLM)
+
+
+def convert_llama(
+    model_class: type[Model],
+    source: str | PathLike[str] | LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    from_pretrained: dict[str, Any],
+) -> Model:
+    """What `LandmarkLlamaForCausalLM.from_llama` documents. `settings`: fields of `LandmarkLlamaConfig`."""
+    if isinstance(source, LlamaForCausalLM):
+        base, path = source.config, None
+        from_pretrained = {"dtype": source.dtype, **from_pretrained, "state_dict": source.state_dict()}
+    else:
+        base, path = _llama_config(source, from_pretrained), source
+    fields = base.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        fields.pop(name, None)
+    # any id serves until the landmark has a row of its own
+    config = LandmarkLlamaConfig(**fields, **settings, landmark_token_id=0)
+    landmark_token_id = add_landmark_token(tokenizer)
+    model = model_class.from_pretrained(path, config=config, **from_pretrained)
+    if isinstance(source, LlamaForCausalLM):
+        model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
+    _add_row(model, landmark_token_id)
+    model.config.landmark_token_id = landmark_token_id
+    return model
+
+
+def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls transformers' `from_pretrained` and raises an `OSError` for a checkpoint that is damaged or lacks weights."""
+    with_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = load(path, *args, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"{path}: a weight file is truncated or damaged ({error}); fetch or save the checkpoint again") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise OSError(f"{path}: the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    return (model, info) if with_info else model
+
+
+def _llama_config(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> LlamaConfig:
+    hub = {name: from_pretrained[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in from_pretrained}
+    config = AutoConfig.from_pretrained(path, **hub)
+    if config.model_type != "llama":
+        raise ValueError(f"{path}: model_type is {config.model_type!r}, from_llama takes a 'llama' checkpoint")
+    return config
+
+
+@torch.no_grad()
+def _add_row(model: LlamaForCausalLM, token_id: int) -> None:
+    """Gives `token_id` an embedding row and an output row: the means of the others."""
+    vocab_size = model.config.vocab_size
+    if token_id >= vocab_size:
+        model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for weight in (embedding,) if head is embedding else (embedding, head):
+        others = torch.cat([weight[:token_id], weight[token_id + 1 : vocab_size]]) if token_id < vocab_size else weight[:vocab_size]
+        mean = others.float().mean(0)
+        # rows between the old vocabulary and the landmark belong to tokens that the checkpoint never knew
+        weight[vocab_size:] = mean.to(weight.dtype)
+        weight[token_id] = mean.to(weight.dtype)

@@ -1,0 +1,534 @@
+"""The landmark LLaMA: what differs from transformers' LLaMA.
+
+Two ways through the model. A call without a cache whose rows fit `train_context_length` attends to all of its blocks, as in
+training. Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each query reading a table of
+blocks (`landmark_llama/streaming.py`). Users see plain coordinates in both: landmarks go in and out of the text in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaForCausalLM, LlamaModel, LogitsProcessorList
+from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.utils.generic import can_return_tuple
+
+from landmark_llama.attention import landmark_attention
+from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.cache import LandmarkCache
+from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
+from landmark_llama.conversion import checked_load, convert_llama
+from landmark_llama.layout import Layout, compact, find_landmarks, lay_out
+from landmark_llama.streaming import QueryGroups, attend_through_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
+GATHERED_ELEMENTS = 1 << 25  # most elements of keys that the windows of a chunk may take
+
+
+class _Chunk(NamedTuple):
+    """A part of a streamed call: where it begins among the call's columns, (batch,), and its queries."""
+
+    begin: Tensor
+    length: Tensor
+    groups: QueryGroups
+
+
+class LandmarkLlamaAttention(LlamaAttention):
+    """LLaMA's projections around landmark attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: None = None,
+        attention_mask: None = None,
+        past_key_values: LandmarkCache | None = None,
+        *,
+        rotary: RotaryTable,
+        groups: QueryGroups | None = None,
+        settings: RetrievalSettings | None = None,
+        position_ids: None = None,
+        use_cache: None = None,
+    ) -> tuple[Tensor, None]:
+        """`hidden_states` (batch, columns, hidden_size) to the same; streamed through `past_key_values` if given.
+
+        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned.
+        """
+        batch, columns = hidden_states.shape[:2]
+        shape = (batch, columns, -1, self.head_dim)
+        query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
+        if past_key_values is None:
+            position = torch.arange(columns, device=query.device).unsqueeze(1)
+            output = landmark_attention(
+                rotary.rotate(query, position).transpose(1, 2),
+                rotary.rotate(key, position).transpose(1, 2),
+                value.transpose(1, 2),
+                block_size=block_size,
+                scale=scale,
+            ).transpose(1, 2)
+        else:
+            position = groups.start.unsqueeze(1) + torch.arange(columns, device=query.device)
+            key = rotary.rotate(key, (position % block_size).unsqueeze(-1))
+            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start)
+            output = attend_through_table(
+                query.unflatten(2, (key.shape[2], -1)),
+                storage,
+                groups,
+                num_retrieved_blocks=settings.num_retrieved_blocks,
+                granularity=settings.granularity,
+                block_size=block_size,
+                rotary=rotary,
+                scale=scale,
+                landmarks_tie=self.layer_idx == 0,
+            )
+        return self.o_proj(output.reshape(batch, columns, -1)), None
+
+
+class LandmarkLlamaModel(LlamaModel):
+    """LLaMA's layers over landmarked rows, plain coordinates outside."""
+
+    config_class = LandmarkLlamaConfig
+
+    def __init__(self, config: LandmarkLlamaConfig) -> None:
+        if config.landmark_token_id is None:
+            raise ValueError(
+                "landmark_token_id=None: this checkpoint has no landmark token; "
+                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+            )
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout={config.attention_dropout}: landmark attention has no dropout, set 0")
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.layers):
+            layer.self_attn = LandmarkLlamaAttention(config, layer_idx)
+        self.post_init()
+        self._rotary: RotaryTable | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: LandmarkCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_retrieved_blocks: int | None = None,
+        num_local_blocks: int | None = None,
+        local_attention: LocalAttention | None = None,
+        retrieval_granularity: RetrievalGranularity | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
+        settings = self.config.retrieval(
+            num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity
+        )
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
+        content = input_ids if input_ids is not None else inputs_embeds
+        batch, length = content.shape[:2]
+        if past_key_values is None and use_cache:
+            past_key_values = LandmarkCache(self.config)
+        before = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.ordinary_tokens(batch)
+
+        if attention_mask is None:
+            real = torch.ones(batch, length, dtype=torch.bool, device=content.device)
+        else:
+            real = attention_mask[:, attention_mask.shape[1] - length :].to(content.device, torch.bool)
+        landmark = None if input_ids is None else self._given_landmarks(input_ids, real, before)
+        if landmark is not None:
+            real = real & ~landmark
+        layout = lay_out(
+            real,
+            None if landmark is None else ~landmark,
+            before,
+            block_size=self.config.block_size,
+            predict_from_landmark=self.config.predict_from_landmark,
+        )
+        output = _keep(layout.output, logits_to_keep)
+        rotary = self._rotary_table(content.device)
+        hidden_states = None
+        if past_key_values is None and int(layout.length.max()) <= self.config.train_context_length:
+            states, hidden_states = self._attend_to_all(content, layout, rotary, bool(output_hidden_states))
+            last = _take(states, output)
+            if hidden_states is not None:
+                hidden_states = tuple(_take(x, output) for x in hidden_states)
+        else:
+            self._check_streaming(int(layout.length.max()), past_key_values, output_hidden_states)
+            cache = LandmarkCache(self.config) if past_key_values is None else past_key_values
+            last = self._stream(content, layout, output, rotary, cache, settings)
+            cache.advance(real)
+        return BaseModelOutputWithPast(
+            last_hidden_state=last, past_key_values=past_key_values, hidden_states=hidden_states
+        )
+
+    def _attend_to_all(
+        self, content: Tensor, layout: Layout, rotary: RotaryTable, keep_hidden_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """States (batch, columns, hidden_size) of one call in which every query sees every earlier block."""
+        states = self._embed(content, layout.source)
+        hidden_states = [states]
+        for layer in self.layers:
+            states = layer(states, rotary=rotary)
+            if keep_hidden_states:
+                hidden_states.append(states)
+        states = self.norm(states)
+        # as in transformers, the last of the hidden states is the normalised one
+        return states, (*hidden_states[:-1], states) if keep_hidden_states else None
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        content: Tensor,
+        layout: Layout,
+        output: Tensor,
+        rotary: RotaryTable,
+        cache: LandmarkCache,
+        settings: RetrievalSettings,
+    ) -> Tensor:
+        """States (batch, outputs, hidden_size) of the landmarked columns `output` (batch, outputs), through `cache`."""
+        kept = torch.zeros(*output.shape, self.config.hidden_size, dtype=self.norm.weight.dtype, device=content.device)
+        for chunk in self._chunks(layout, settings):
+            groups = chunk.groups.to(content.device)
+            begin = chunk.begin.to(content.device).unsqueeze(1)
+            column = begin + torch.arange(groups.slot.shape[1], device=content.device)
+            states = self._embed(content, layout.source.gather(1, column.clamp_max(layout.source.shape[1] - 1)))
+            for layer in self.layers:
+                states = layer(states, past_key_values=cache, rotary=rotary, groups=groups, settings=settings)
+            local = output - begin
+            inside = (local >= 0) & (local < chunk.length.to(content.device).unsqueeze(1))
+            if inside.any():
+                row, place = inside.nonzero(as_tuple=True)
+                kept[row, place] = self.norm(states[row, local[row, place]])
+        return kept
+
+    def _chunks(self, layout: Layout, settings: RetrievalSettings) -> Iterator[_Chunk]:
+        """Cuts a call into chunks of whole blocks of every row."""
+        block_size = self.config.block_size
+        chunked = settings.local_attention == "chunked"
+        blocks = settings.num_direct_blocks if chunked else self._chunk_blocks(layout, settings)
+        first, stop = layout.start // block_size, layout.start + layout.length
+        for skipped in range(0, int((-(-stop // block_size) - first).max()), blocks):
+            begin = torch.maximum(layout.start, (first + skipped) * block_size).minimum(stop)
+            length = ((first + skipped + blocks) * block_size).minimum(stop) - begin
+            groups = QueryGroups.of(
+                begin,
+                length,
+                num_direct_blocks=settings.num_direct_blocks,
+                chunked=chunked,
+                share=settings.granularity == "head",
+                block_size=block_size,
+            )
+            yield _Chunk(begin - layout.start, length, groups)
+
+    def _chunk_blocks(self, layout: Layout, settings: RetrievalSettings) -> int:
+        """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
+        config = self.config
+        window = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
+        window *= settings.num_direct_blocks + 1 + settings.num_retrieved_blocks
+        return max(1, min(CHUNK_POSITIONS // config.block_size, GATHERED_ELEMENTS // window))
+
+    def _embed(self, content: Tensor, source: Tensor) -> Tensor:
+        """Embeddings (batch, columns, hidden_size) of ids or embeddings `content` laid out by `source`, landmarks set."""
+        if content.is_floating_point():
+            landmark = self.embed_tokens.weight[self.config.landmark_token_id]
+            extended = torch.cat([content, landmark.to(content).expand(len(content), 1, -1)], dim=1)
+            return _take(extended, source)
+        extended = torch.nn.functional.pad(content, (0, 1), value=self.config.landmark_token_id)
+        return self.embed_tokens(extended.gather(1, source))
+
+    def _rotary_table(self, device: torch.device) -> RotaryTable:
+        """The one table of positions 0 .. train_context_length - 1, computed in fp32 whatever the model's dtype."""
+        length = self.config.train_context_length
+        if self._rotary is None or self._rotary.cos.device != device or len(self._rotary.cos) != length:
+            # made anew from the configuration: the module's own frequencies follow the model into bf16
+            with torch.device("cpu"):
+                embedding = type(self.rotary_emb)(self.config)
+                cos, sin = embedding(torch.zeros(1), torch.arange(length).unsqueeze(0))
+            half, scaling = cos.shape[-1] // 2, float(embedding.attention_scaling)
+            self._rotary = RotaryTable(cos[0, :, :half] / scaling, sin[0, :, :half] / scaling, scaling).to(device)
+        return self._rotary
+
+    def _given_landmarks(self, input_ids: Tensor, real: Tensor, before: Tensor) -> Tensor | None:
+        return find_landmarks(
+            input_ids,
+            real,
+            before,
+            block_size=self.config.block_size,
+            landmark_token_id=self.config.landmark_token_id,
+        )
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: LandmarkCache | None,
+        output_attentions: bool | None,
+    ) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        content = input_ids if input_ids is not None else inputs_embeds
+        if input_ids is not None and input_ids.numel():
+            lowest, highest = input_ids.aminmax()
+            if lowest < 0 or highest >= self.config.vocab_size:
+                wrong = (input_ids < 0) | (input_ids >= self.config.vocab_size)
+                row, position = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"input_ids, row {row}, position {position}: token id {int(input_ids[row, position])} is outside the "
+                    f"vocabulary of {self.config.vocab_size} tokens: was the text encoded with this model's tokenizer?"
+                )
+        if attention_mask is not None and (
+            attention_mask.dim() != 2
+            or len(attention_mask) != len(content)
+            or attention_mask.shape[1] < content.shape[1]
+        ):
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)}; expected (batch, columns), "
+                f"the last {content.shape[1]} columns those of the input of shape {tuple(content.shape[:2])}"
+            )
+        if past_key_values is not None and not isinstance(past_key_values, LandmarkCache):
+            raise ValueError(
+                f"past_key_values: a {type(past_key_values).__name__} cannot hold landmark blocks; "
+                "pass LandmarkCache(model.config)"
+            )
+        if output_attentions:
+            raise ValueError("output_attentions=True: attention weights are never formed as a whole and cannot be returned")
+
+    def _check_streaming(
+        self, length: int, past_key_values: LandmarkCache | None, output_hidden_states: bool | None
+    ) -> None:
+        if self.training:
+            reason = "a cache is given" if past_key_values is not None else f"a row takes {length} landmarked positions"
+            raise ValueError(
+                f"{reason}, which is streamed and has no backward; train on rows of at most "
+                f"train_context_length={self.config.train_context_length} landmarked positions without a cache, "
+                "or call model.eval() to read"
+            )
+        if output_hidden_states:
+            raise ValueError(
+                "output_hidden_states=True: only for calls without a cache that fit "
+                f"train_context_length={self.config.train_context_length}"
+            )
+
+
+class LandmarkLlamaForCausalLM(LlamaForCausalLM):
+    """A LLaMA language model that reads texts far longer than it was trained on."""
+
+    config_class = LandmarkLlamaConfig
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: LandmarkLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LandmarkLlamaModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_llama(
+        cls,
+        source: str | PathLike[str] | LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int = 64,
+        *,
+        train_context_length: int | None = None,
+        num_retrieved_blocks: int = 4,
+        num_local_blocks: int | None = None,
+        local_attention: LocalAttention = "sliding",
+        retrieval_granularity: RetrievalGranularity = "token_and_head",
+        predict_from_landmark: bool = False,
+        **from_pretrained: Any,
+    ) -> LandmarkLlamaForCausalLM:
+        """Makes a landmark LLaMA of a vanilla LLaMA checkpoint; fine-tune it before expecting it to find anything.
+
+        The landmark token is added to `tokenizer` in place, its embedding row (and output row) is the mean of the others,
+        every other weight stays bitwise as it was.
+
+        Args:
+            source: folder or hub id of a LLaMA checkpoint, or a loaded `LlamaForCausalLM` (left alone).
+            tokenizer: the checkpoint's tokenizer; save it beside the model.
+            block_size, ...: fields of `LandmarkLlamaConfig`.
+            from_pretrained: for `LlamaForCausalLM.from_pretrained`: `dtype`, `device_map`, `revision`, ...
+
+        Raises:
+            ValueError: if the checkpoint is not a LLaMA, or its window cannot hold the settings.
+            OSError: if the checkpoint is missing, truncated or incomplete.
+        """
+        return convert_llama(
+            cls,
+            source,
+            tokenizer,
+            {
+                "block_size": block_size,
+                "train_context_length": train_context_length,
+                "num_retrieved_blocks": num_retrieved_blocks,
+                "num_local_blocks": num_local_blocks,
+                "local_attention": local_attention,
+                "retrieval_granularity": retrieval_granularity,
+                "predict_from_landmark": predict_from_landmark,
+            },
+            from_pretrained,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a landmark checkpoint, as transformers does; a damaged or incomplete one raises an `OSError`."""
+        return checked_load(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: LandmarkCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_retrieved_blocks: int | None = None,
+        num_local_blocks: int | None = None,
+        local_attention: LocalAttention | None = None,
+        retrieval_granularity: RetrievalGranularity | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if `labels` are given, in plain coordinates.
+
+        Without a cache, rows that fit `train_context_length` attend to all of their blocks; longer ones are streamed through
+        a temporary cache, in evaluation only.
+
+        Args:
+            input_ids: (batch, length) ordinary tokens. Landmarks in their regular places are accepted and dropped: the
+                result has the columns of the other tokens (rows that hold fewer of those padded on the left).
+            attention_mask: (batch, length), or with the columns of earlier calls in front; 0 hides a column, anywhere.
+                Positions follow from it: each row's tokens are numbered from its first real one.
+            past_key_values: what earlier calls read; this call is added to it.
+            inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
+            labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here.
+            use_cache: True returns a new `LandmarkCache` if none is given.
+            logits_to_keep: the last so many columns (0: all), or a 1-dimensional tensor of columns. The loss is over all
+                columns, whatever is kept.
+            output_hidden_states: for calls without a cache that fit `train_context_length`.
+            num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
+            num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
+                configuration's, for this call.
+
+        Raises:
+            ValueError: naming the argument and the place in it.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep if labels is None else 0,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            num_retrieved_blocks=num_retrieved_blocks,
+            num_local_blocks=num_local_blocks,
+            local_attention=local_attention,
+            retrieval_granularity=retrieval_granularity,
+        )
+        states, loss = outputs.last_hidden_state, None
+        if labels is not None:
+            labels = self._plain_labels(labels, input_ids, attention_mask, states.shape[1])
+            loss = self._loss(states, labels, num_items_in_batch)
+            states = _keep_columns(states, logits_to_keep)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=self.lm_head(states),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _plain_labels(
+        self, labels: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, columns: int
+    ) -> Tensor:
+        """Labels (batch, columns) of the result's columns, landmarks ignored."""
+        landmark = self.config.landmark_token_id
+        if input_ids is not None and columns != input_ids.shape[1]:
+            given = input_ids == landmark
+            if attention_mask is not None:
+                given &= attention_mask[:, -given.shape[1] :].to(given)
+            labels = compact(labels, ~given.to(labels.device), fill=-100)
+        if labels.shape[1] != columns:
+            raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit the input's {columns} columns")
+        return labels.masked_fill(labels == landmark, -100)
+
+    def _loss(self, states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Mean cross-entropy of the next tokens; never holds the logits of more than one training context a row."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(states.device)
+        total = states.new_zeros((), dtype=torch.float32)
+        for part, target in zip(
+            states.split(self.config.train_context_length, dim=1),
+            targets.split(self.config.train_context_length, dim=1),
+            strict=True,
+        ):
+            logits = self.lm_head(part).float().flatten(0, 1)
+            total = total + nn.functional.cross_entropy(logits, target.flatten(), ignore_index=-100, reduction="sum")
+        items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r}: "
+                    "a landmark LLaMA generates with its own LandmarkCache; leave it unset"
+                )
+            model_kwargs["past_key_values"] = LandmarkCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """The landmark token is never emitted: its logit goes before anything else looks at the logits."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        device = str(self.device)
+        return LogitsProcessorList([SuppressTokensLogitsProcessor([self.config.landmark_token_id], device), *processors])
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        settings = self.config.retrieval(
+            *(kwargs.get(name) for name in ("num_retrieved_blocks", "num_local_blocks")),
+            kwargs.get("local_attention"),
+            kwargs.get("retrieval_granularity"),
+        )
+        if (settings.local_attention, settings.granularity) != ("sliding", "token_and_head"):
+            raise ValueError(
+                f"assisted decoding with local_attention={settings.local_attention!r}, "
+                f"retrieval_granularity={settings.granularity!r}: checking several tokens at once would read other blocks "
+                "than generating them one by one; use 'sliding' and 'token_and_head'"
+            )
+        return super()._assisted_decoding(*args, **kwargs)
+
+
+def _take(states: Tensor, column: Tensor) -> Tensor:
+    """`states` (batch, columns, size) at `column` (batch, outputs)."""
+    return states.gather(1, column.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def _keep(output: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The columns of (batch, columns) that `logits_to_keep` names."""
+    if isinstance(logits_to_keep, int):
+        return output[:, -logits_to_keep:] if logits_to_keep else output
+    if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool:
+        raise ValueError(
+            f"logits_to_keep: a number of columns or a 1-dimensional tensor of them, got {logits_to_keep.dtype} "
+            f"of shape {tuple(logits_to_keep.shape)}"
+        )
+    return output[:, logits_to_keep.to(output.device)]
+
+
+def _keep_columns(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    column = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
+    return _take(states, _keep(column, logits_to_keep))

@@ -1,0 +1,88 @@
+"""Where the blocks of one layer's cache live: a small interface, and its first tier, the device of the model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class BlockStorage(Protocol):
+    """Keys and values of one layer, by row, KV head and block. Every position is written before it is read.
+
+    Shapes: `batch` rows, `kv_heads`, `blocks` of `block_size` positions, `head_dim`. Landmark keys are kept apart as well,
+    because selection reads them all at each step while it reads only a few blocks.
+    """
+
+    def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
+        """Stores (batch, length, kv_heads, head_dim) at landmarked positions `start[row] ..`, growing where needed."""
+
+    def landmarks(self, blocks: int) -> Tensor:
+        """Landmark keys (batch, kv_heads, blocks, head_dim) of the first `blocks` blocks, without a copy."""
+
+    def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, kv_heads, ..., block_size, head_dim) of blocks (batch, kv_heads or 1, ...)."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Makes row `rows[i]` row `i`, for beams and for batches that shrink or repeat."""
+
+
+class DeviceStorage:
+    """Blocks in memory of one device, in the dtype of the first keys; capacity at least doubles when it grows."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.key: Tensor | None = None  # (batch, kv_heads, capacity, block_size, head_dim)
+        self.value: Tensor | None = None
+        self.landmark: Tensor | None = None  # (batch, kv_heads, capacity, head_dim)
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that a row can hold without growing."""
+        return 0 if self.key is None else self.key.shape[2]
+
+    def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
+        rows, length = key.shape[:2]
+        if self.key is not None and (rows, *key.shape[2:]) != (self.key.shape[0], self.key.shape[1], self.key.shape[4]):
+            raise ValueError(
+                f"the cache holds {self.key.shape[0]} rows of {self.key.shape[1]} KV heads of {self.key.shape[4]}; "
+                f"got {rows} rows of {key.shape[2]} of {key.shape[3]}: use one cache for one batch and model"
+            )
+        self._reserve(-(-(int(start.max()) + length) // self.block_size), key)
+        row = torch.arange(rows, device=key.device).unsqueeze(1)
+        position = start.to(key.device).unsqueeze(1) + torch.arange(length, device=key.device)
+        block, offset = position // self.block_size, position % self.block_size
+        self.key[row, :, block, offset] = key.to(self.key.dtype)
+        self.value[row, :, block, offset] = value.to(self.value.dtype)
+        ends = offset == self.block_size - 1
+        row = row.expand_as(block)[ends]
+        self.landmark[row, :, block[ends]] = key[ends].to(self.landmark.dtype)
+
+    def landmarks(self, blocks: int) -> Tensor:
+        return self.landmark[:, :, :blocks]
+
+    def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        batch, kv_heads = self.key.shape[:2]
+        owner = torch.arange(batch * kv_heads, device=blocks.device).view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
+        index = (owner * self.capacity + blocks).flatten()
+        shape = (*torch.broadcast_shapes(owner.shape, blocks.shape), *self.key.shape[-2:])
+        return tuple(x.flatten(0, 2).index_select(0, index).view(shape) for x in (self.key, self.value))
+
+    def select_rows(self, rows: Tensor) -> None:
+        if self.key is not None:
+            rows = rows.to(self.key.device)
+            self.key, self.value, self.landmark = (x.index_select(0, rows) for x in (self.key, self.value, self.landmark))
+
+    def _reserve(self, blocks: int, like: Tensor) -> None:
+        """Makes room for `blocks` blocks a row. New room is zeroed: what is masked must still be finite."""
+        if blocks <= self.capacity:
+            return
+        rows, _, kv_heads, head_dim = like.shape
+        added = max(blocks - self.capacity, self.capacity, 8)
+        room = like.new_zeros(rows, kv_heads, added, self.block_size, head_dim)
+        if self.key is None:
+            self.key, self.value, self.landmark = room, room.clone(), room[..., 0, :].clone()
+        else:
+            self.key, self.value = (torch.cat([x, room], dim=2) for x in (self.key, self.value))
+            self.landmark = torch.cat([self.landmark, room[..., 0, :]], dim=2)
