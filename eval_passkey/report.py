@@ -9,6 +9,7 @@ from statistics import median
 
 _Z95 = 1.959964  # two-sided 95 % of the normal distribution
 _RANDOM_DEPTH_BANDS = 5
+_TRAINED_AT = ": trained at "
 # Okabe and Ito's blue and vermilion: told apart with any kind of colour vision, and by lightness in print.
 _STYLES = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s", "linestyle": "--"})
 
@@ -81,56 +82,69 @@ def plot_accuracy(models: Sequence[Measured], path: Path) -> None:
     """Accuracy over length with Wilson bars; dotted lines where each model's training context ends."""
     figure, axes = _new_figure(7.2, 4.6)
     for i, model in enumerate(models):
-        entries, style = summarise(model.rows), _STYLES[i % len(_STYLES)]
         shift = 1.03 ** (i - (len(models) - 1) / 2)  # keeps the bars of two models apart
-        accuracy = [100 * entry["accuracy"] for entry in entries]
-        below = [100 * (entry["accuracy"] - entry["ci_low"]) for entry in entries]
-        above = [100 * (entry["ci_high"] - entry["accuracy"]) for entry in entries]
-        x = [entry["length"] * shift for entry in entries]
-        bars = [[max(0.0, size) for size in sizes] for sizes in (below, above)]
-        axes.errorbar(x, accuracy, bars, label=model.label, capsize=3, linewidth=1.8, markersize=6, **style)
-        if model.training_context:
-            label = f"{model.label}: trained at {model.training_context:,} positions"
-            axes.axvline(
-                model.training_context * shift, color=style["color"], linestyle=":", linewidth=1.5, label=label
-            )
-
-    axes.set_xscale("log", base=2)
+        _draw_accuracy(axes, model, shift, _STYLES[i % len(_STYLES)])
     lengths = sorted({row["length"] for model in models for row in model.rows})
-    contexts = [model.training_context for model in models if model.training_context]
-    ends = lengths + contexts
+    ends = lengths + [model.training_context for model in models if model.training_context]
+    axes.set_xscale("log", base=2)
     axes.set_xlim(min(ends) / 1.25, max(ends) * 1.25)
     axes.set_ylim(-4, 104)
-    axes.set_xticks(lengths, [_short_length(length) for length in lengths])
+    axes.set_xticks(lengths, [_short_length(length) for length in lengths], rotation=45 if len(lengths) > 10 else 0)
     axes.minorticks_off()
     axes.set_xlabel("prompt length (tokens)")
     axes.set_ylabel("pass keys found (%)")
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()  # dotted lines come first; models shall
+    order = sorted(range(len(labels)), key=lambda i: _TRAINED_AT in labels[i])
+    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def _draw_accuracy(axes, model: Measured, shift: float, style: dict) -> None:
+    entries = summarise(model.rows)
+    x = [entry["length"] * shift for entry in entries]
+    accuracy = [100 * entry["accuracy"] for entry in entries]
+    below = [max(0.0, 100 * (entry["accuracy"] - entry["ci_low"])) for entry in entries]
+    above = [max(0.0, 100 * (entry["ci_high"] - entry["accuracy"])) for entry in entries]
+    axes.errorbar(x, accuracy, (below, above), label=model.label, capsize=3, elinewidth=1.2, linewidth=1.8, **style)
+    if model.training_context:
+        label = f"{model.label}{_TRAINED_AT}{model.training_context:,} positions"
+        axes.axvline(model.training_context * shift, color=style["color"], linestyle=":", linewidth=1.5, label=label)
 
 
 def plot_depth(models: Sequence[Measured], path: Path) -> None:
     """Accuracy by length and depth of the needle, a panel a model; each cell says how many of how many were right."""
     figure, panels = _new_figure(1.6 + 5.2 * len(models), 4.4, columns=len(models))
     for axes, model in zip(panels, models, strict=True):
-        lengths = sorted({row["length"] for row in model.rows})
-        bands = _depth_bands(model.num_depths)
-        counts = _depth_counts(model, lengths)
-        shares = [[right / total if total else float("nan") for right, total in line] for line in counts]
-        image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        for i, line in enumerate(counts):
-            for j, (right, total) in enumerate(line):
-                if total:
-                    colour = "black" if right > total / 2 else "white"
-                    axes.text(j, i, f"{right}/{total}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(len(lengths)), [_short_length(length) for length in lengths])
-        axes.set_yticks(range(len(bands)), bands)
-        axes.set_xlabel("prompt length (tokens)")
-        axes.set_title(model.label, fontsize=10)
+        image = _draw_depth(axes, model)
     panels[0].set_ylabel("depth of the needle (0 %: start of the filler)")
     figure.colorbar(image, ax=list(panels), label="share of pass keys found", fraction=0.04, pad=0.02)
     figure.savefig(path)
+
+
+def _draw_depth(axes, model: Measured):
+    """Draws a panel and returns its image, which the colour bar explains."""
+    lengths = sorted({row["length"] for row in model.rows})
+    bands = _depth_bands(model.num_depths)
+    counts = _depth_counts(model, lengths)
+    shares = [[right / total if total else float("nan") for right, total in line] for line in counts]
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for i, line in enumerate(counts):
+        for j, (right, total) in enumerate(line):
+            if total:
+                colour = "black" if right > total / 2 else "white"
+                axes.text(j, i, f"{right}/{total}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_facecolor("0.9")  # cells without a prompt
+    axes.set_xticks(range(len(lengths)), [_short_length(length) for length in lengths])
+    axes.set_yticks(range(len(bands)), bands)
+    axes.set_xticks([j + 0.5 for j in range(len(lengths) - 1)], minor=True)
+    axes.set_yticks([i + 0.5 for i in range(len(bands) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xlabel("prompt length (tokens)")
+    axes.set_title(model.label, fontsize=10)
+    return image
 
 
 def _depth_counts(model: Measured, lengths: Sequence[int]) -> list[list[list[int]]]:

@@ -202,6 +202,17 @@ def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 
+def draw(models: list[Measured], output: Path) -> list[Path]:
+    """Makes the two pictures and returns their paths."""
+    accuracy, depth = output / "accuracy.png", output / "depth.png"
+    try:
+        plot_accuracy(models, accuracy)
+        plot_depth(models, depth)
+    except OSError as error:
+        raise InputError(f"output {output}: the pictures cannot be written ({error.strerror})") from error
+    return [accuracy, depth]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, or 1 if the model had to skip a length."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
@@ -214,9 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = [path for run in runs for path in (run.results.rows_path, run.results.summary_path)]
     models = [model for model in models if model.rows]
     if models:
-        plot_accuracy(models, output / "accuracy.png")
-        plot_depth(models, output / "depth.png")
-        paths += [output / "accuracy.png", output / "depth.png"]
+        paths += draw(models, output)
     print("\n".join(str(path) for path in paths))
     return 1 if runs[0].skipped else 0
 
