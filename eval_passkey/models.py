@@ -81,10 +81,16 @@ def _replace_retrieval_settings(option: str, subject: Subject, retrieval: dict) 
 def load_model(option: str, subject: Subject, dtype: str, device: str) -> PreTrainedModel:
     """The model with its weights on `device`, ready to generate; InputError, naming `option`, if it cannot be loaded."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(subject.name, config=subject.config, dtype=dtype)
-        return model.to(device).eval()
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            subject.name, config=subject.config, dtype=dtype, output_loading_info=True
+        )
+        model = model.to(device).eval()
     except Exception as error:  # missing, truncated or foreign weights come as many kinds
         raise InputError(f"{option} {subject.name}: the model cannot be loaded ({_first_line(error)})") from error
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(loading["missing_keys"])
+        raise InputError(f"{option} {subject.name}: lacks {len(missing)} weights, the first being {missing[0]}")
+    return model
 
 
 def versions() -> dict[str, str]:
@@ -109,7 +115,7 @@ def _refuse_missing_folder(option: str, name: str) -> None:
     """A mistyped path must not be looked for on the hub, which takes long and ends in a sentence about the network."""
     if Path(name).is_dir():
         return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir()):
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
         raise InputError(f"{option} {name}: there is no such folder")
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
 from eval_passkey.models import (
@@ -115,6 +116,8 @@ class PasskeyRun:
         missing = [(length, i) for length, i in wanted if (length, self.args.seed + i) not in done]
         finished = sum(length for length, _ in wanted) - sum(length for length, _ in missing)
         model = load_model(f"--{self.role}", self.subject, self.args.dtype, self.args.device) if missing else None
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # no warning about prompts beyond the training context: they are the point
         with tqdm(
             desc=f"{self.role} {Path(self.subject.name).name}",
             total=sum(length for length, _ in wanted),
@@ -129,6 +132,7 @@ class PasskeyRun:
                     self._run_prompt(model, length, sample)
                     self._show_score(bar, length)
                 bar.update(length)
+        logging.set_verbosity(verbosity)
         self.write_summary()
 
     def _run_prompt(self, model: PreTrainedModel, length: int, sample: int) -> None:
@@ -136,7 +140,10 @@ class PasskeyRun:
         start = time.perf_counter()
         try:
             answer = generate_answer(model, self.task.tokenizer, prompt)
-        except (RuntimeError, MemoryError, IndexError, ValueError) as error:  # out of memory, or past its positions
+        except (RuntimeError, MemoryError, IndexError, ValueError) as error:
+            # a baseline may also run past its positions; of the model, nothing but a lack of memory is put aside
+            if self.role == "model" and not is_out_of_memory(error):
+                raise
             self._skip(length, error)
             return
         seconds = time.perf_counter() - start
@@ -202,6 +209,13 @@ def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a CPU or a GPU lacked memory; PyTorch's CPU allocator says so in a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def draw(models: list[Measured], output: Path) -> list[Path]:
     """Makes the two pictures and returns their paths."""
     accuracy, depth = output / "accuracy.png", output / "depth.png"
@@ -215,7 +229,7 @@ def draw(models: list[Measured], output: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, or 1 if the model had to skip a length."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    args = Arguments(**vars(HfArgumentParser(Arguments).parse_args(argv)))
     runs = [PasskeyRun(args, role) for role in ("model", "baseline") if getattr(args, role) is not None]
     for run in runs:
         run.run()
