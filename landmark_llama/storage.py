@@ -65,7 +65,8 @@ class DeviceStorage:
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         batch, kv_heads = self.key.shape[:2]
         owner = torch.arange(batch * kv_heads, device=blocks.device).view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
-        index = (owner * self.capacity + blocks).flatten()
+        # a window may reach past the last block of a short text; what it finds there is masked
+        index = (owner * self.capacity + blocks.clamp_max(self.capacity - 1)).flatten()
         shape = (*torch.broadcast_shapes(owner.shape, blocks.shape), *self.key.shape[-2:])
         return tuple(x.flatten(0, 2).index_select(0, index).view(shape) for x in (self.key, self.value))
 
