@@ -1,12 +1,12 @@
-"""Loading what is to be measured: any causal language model with its tokenizer, and what identifies it in the results."""
+"""Loading what is to be measured: any causal language model, its tokenizer, and what identifies it in the results."""
 
 import hashlib
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import landmark_llama
@@ -79,7 +79,7 @@ def _replace_retrieval_settings(option: str, subject: Subject, retrieval: dict) 
 
 
 def load_model(option: str, subject: Subject, dtype: str, device: str) -> PreTrainedModel:
-    """The model with its weights on `device`, ready to generate; InputError, naming `option`, if it cannot be loaded."""
+    """The model with its weights on `device`, ready to generate; InputError, naming `option`, if that fails."""
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             subject.name, config=subject.config, dtype=dtype, output_loading_info=True
@@ -95,13 +95,12 @@ def load_model(option: str, subject: Subject, dtype: str, device: str) -> PreTra
 
 def versions() -> dict[str, str]:
     """Of what the results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "landmark_llama"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # used from its source folder
-            found[package] = "not installed"
-    return found
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "landmark_llama": landmark_llama.__version__,
+    }
 
 
 def device_in_words(device: str) -> str:
@@ -120,7 +119,7 @@ def _refuse_missing_folder(option: str, name: str) -> None:
 
 
 def _fingerprint(name: str, config) -> str:
-    """Tells checkpoints apart, a retrained one in the same folder too: a digest of evenly spaced pieces of their files."""
+    """A digest of evenly spaced pieces of the files: another one for a model that was trained again in its folder."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{getattr(config, '_commit_hash', None)}"

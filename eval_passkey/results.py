@@ -17,8 +17,8 @@ class ResultsFolder:
 
     identity: what all rows of the folder must share; JSON values, nested dictionaries allowed. It is written to
         `summary.json` before the first row.
-    InputError if the folder cannot be written, holds rows of another identity, or a row in its middle is broken. A broken
-    last row is what an interruption leaves: it is removed.
+    InputError if the folder cannot be written, holds rows of another identity, or a row in its middle is broken. A
+    broken last row is what an interruption leaves: it is removed.
     """
 
     def __init__(self, folder: Path, identity: dict):
@@ -76,8 +76,8 @@ class ResultsFolder:
         different = _differences(earlier, self.identity)
         if different:
             raise InputError(
-                f"output {self.rows_path.parent}: holds results of another run ({'; '.join(different)}); choose another "
-                "--output"
+                f"output {self.rows_path.parent}: holds results of another run ({'; '.join(different)}); "
+                "choose another --output"
             )
 
 

@@ -244,8 +244,8 @@ def _leading_special_ids(tokenizer) -> list[int]:
 def judge(answer: str, key: int) -> tuple[bool, str]:
     """Whether a generated text gives `key`, and the prediction: the number it starts with, else its first characters.
 
-    Right is the key with all its digits and no further one: white space before it and any text after it are allowed, but
-    `48213.5` and `48213,000` are other numbers than 48213.
+    Right is the key with all its digits and no further one: white space before it and any text after it are allowed,
+    but `48213.5` and `48213,000` are other numbers than 48213.
     """
     number = _NUMBER.match(answer)
     prediction = number.group(1) if number else answer[:PREDICTION_CHARACTERS]

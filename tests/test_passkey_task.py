@@ -21,7 +21,8 @@ from eval_passkey.task import (
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 TEXT = ["The number of the lamp is 48213, and the sky above 907 roofs was green.\nHere we go, again and again.\n"] * 4
-LLAMA3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # a full stop takes "\n" along
+# As LLaMA 3 cuts text, where a full stop takes the line end along.
+LLAMA3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
@@ -260,7 +261,7 @@ def test_a_template_that_cannot_work_is_refused_with_the_reason(changes, message
 
 
 def test_a_template_file_that_is_missing_or_no_json_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no.json: cannot be read as a JSON file"):
+    with pytest.raises(InputError, match=r"no\.json: cannot be read as a JSON file"):
         load_template(tmp_path / "no.json")
     (tmp_path / "list.json").write_text("[1, 2]")
     with pytest.raises(InputError, match="must be a JSON object"):
@@ -284,7 +285,7 @@ def test_a_template_file_that_is_missing_or_no_json_is_refused(tmp_path):
         ("48213,000", False, "48213,000"),
         ("-48213", False, "-48213"),
         ("the 48213", False, "the 48213"),
-        ("４８２１３", False, "４８２１３"),
+        ("\uff14\uff18", False, "\uff14\uff18"),
         ("", False, ""),
         ("x" * 100, False, "x" * 40),
     ],

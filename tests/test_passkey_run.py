@@ -1,0 +1,310 @@
+"""The passkey command: its files, resuming, refusals; with tiny dense and landmark models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval_passkey import run
+from eval_passkey.task import InputError
+from landmark_llama import LandmarkLlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LANDMARK_DATA", ROOT / "../shared/data"))
+ROW = ["length", "prompt_tokens", "depth", "seed", "key", "prediction", "correct", "seconds"]
+SUMMARY_ROW = ["length", "samples", "correct", "accuracy", "ci_low", "ci_high", "seconds_per_prompt"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and BOS."""
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def save_dense(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def landmark(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("landmark"), byte_tokenizer()
+    LandmarkLlamaForCausalLM.from_llama(dense, tokenizer, block_size=8).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clairvoyant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Lets every prompt of 400 tokens or more be answered rightly; lists length and seed of what was asked."""
+    asked = []
+
+    def answer(model, tokenizer, prompt):
+        asked.append((len(prompt.input_ids), prompt.seed))
+        return f" {prompt.key}." if len(prompt.input_ids) >= 400 else f" {prompt.key}1."
+
+    monkeypatch.setattr(run, "generate_answer", answer)
+    return asked
+
+
+def command(model: Path, output: Path, *more: str) -> int:
+    return run.main(["--model", str(model), "--output", str(output), "--device", "cpu", *more])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_run_writes_rows_summary_and_pictures_and_prints_their_paths(dense, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert command(dense, output, "--baseline", str(dense), "--lengths", "500", "350", "--samples", "2") == 0
+    for folder in (output, output / "baseline"):
+        rows = rows_of(folder)
+        assert [(row["length"], row["seed"]) for row in rows] == [(350, 0), (350, 1), (500, 0), (500, 1)]
+        assert all(list(row) == ROW and row["prompt_tokens"] == row["length"] for row in rows)
+        assert all(row["seconds"] > 0 and not row["correct"] and 0 <= row["depth"] <= 1 for row in rows)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert [list(row) for row in summary["rows"]] == [SUMMARY_ROW] * 2
+        assert [(row["length"], row["samples"], row["correct"]) for row in summary["rows"]] == [
+            (350, 2, 0),
+            (500, 2, 0),
+        ]
+        assert summary["model"] == str(dense) and summary["training_context"] == 128
+        assert summary["settings"]["seed"] == 0 and summary["device"].startswith("cpu")
+        assert summary["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    for name in ("results.jsonl", "summary.json", "accuracy.png", "depth.png", "baseline/results.jsonl"):
+        assert (output / name).is_file() and str(output / name) in printed
+    assert "length" in printed and "baseline (" in printed
+
+
+def test_only_whole_keys_count(dense, clairvoyant, tmp_path):
+    command(dense, tmp_path, "--lengths", "399", "400", "--samples", "3")
+    assert [row["accuracy"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]] == [0.0, 1.0]
+    longer, right = rows_of(tmp_path)[0], rows_of(tmp_path)[3]
+    assert longer["prediction"] == longer["key"] + "1" and right["prediction"] == right["key"]
+
+
+def test_grid_depths_are_taken_in_turn(dense, clairvoyant, tmp_path):
+    command(dense, tmp_path, "--lengths", "800", "--samples", "6", "--depths", "grid", "--num_depths", "3")
+    assert [row["depth"] for row in rows_of(tmp_path)] == pytest.approx([0, 0.5, 1, 0, 0.5, 1], abs=2e-3)
+    assert len({row["key"] for row in rows_of(tmp_path)}) == 6
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_rows_of_an_uninterrupted_one(dense, tmp_path, monkeypatch):
+    arguments = ("--lengths", "350", "500", "--samples", "2")
+    command(dense, tmp_path / "whole", *arguments)
+    real, calls = run.generate_answer, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(run, "generate_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(dense, tmp_path / "torn", *arguments)
+    results = tmp_path / "torn/results.jsonl"
+    assert len(results.read_text().splitlines()) == 2
+    with results.open("a") as file:
+        file.write('{"length": 500, "prompt_tok')
+    command(dense, tmp_path / "torn", *arguments)
+    assert len(calls) == 3 + 2
+    assert without_seconds(rows_of(tmp_path / "torn")) == without_seconds(rows_of(tmp_path / "whole"))
+
+
+def test_a_finished_run_asks_nothing_again_and_takes_more_lengths_and_samples(dense, clairvoyant, tmp_path):
+    command(dense, tmp_path, "--lengths", "400", "--samples", "2")
+    command(dense, tmp_path, "--lengths", "400", "--samples", "2")
+    assert clairvoyant == [(400, 0), (400, 1)]
+    command(dense, tmp_path, "--lengths", "400", "450", "--samples", "3")
+    assert clairvoyant[2:] == [(400, 2), (450, 0), (450, 1), (450, 2)]
+    assert [row["samples"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]] == [3, 3]
+
+
+def test_results_of_other_settings_are_refused_and_left_as_they_are(dense, clairvoyant, tmp_path):
+    output = tmp_path / "out"
+    command(dense, output, "--lengths", "400", "--samples", "1")
+    before = (output / "results.jsonl").read_bytes(), (output / "summary.json").read_bytes()
+    with pytest.raises(InputError, match=r"settings.seed was 0 and is 5\); choose another --output"):
+        command(dense, output, "--lengths", "400", "--seed", "5")
+    wording = json.loads((ROOT / "eval_passkey/template.json").read_text()) | {"filler": "Nothing at all."}
+    (tmp_path / "other.json").write_text(json.dumps(wording))
+    with pytest.raises(InputError, match=r"settings.template.filler was .* and is \"Nothing at all.\""):
+        command(dense, output, "--lengths", "400", "--template", str(tmp_path / "other.json"))
+    with pytest.raises(InputError, match="fingerprint was"):
+        command(save_dense(tmp_path / "retrained", seed=1), output, "--lengths", "400")
+    assert before == ((output / "results.jsonl").read_bytes(), (output / "summary.json").read_bytes())
+
+
+def test_a_moved_model_is_still_the_same_one(dense, clairvoyant, tmp_path):
+    command(dense, tmp_path / "out", "--lengths", "400", "--samples", "1")
+    shutil.copytree(dense, tmp_path / "moved")
+    command(tmp_path / "moved", tmp_path / "out", "--lengths", "400", "--samples", "1")
+    assert clairvoyant == [(400, 0)]
+
+
+def test_a_broken_row_in_the_middle_is_refused_by_line(dense, clairvoyant, tmp_path):
+    command(dense, tmp_path, "--lengths", "400", "--samples", "2")
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    (tmp_path / "results.jsonl").write_text("\n".join([lines[0], "oops", lines[1]]) + "\n")
+    with pytest.raises(InputError, match=r"results\.jsonl, line 2: is no row of results"):
+        command(dense, tmp_path, "--lengths", "400", "--samples", "2")
+
+
+def test_a_baseline_that_fails_at_a_length_is_skipped_there_and_the_model_goes_on(dense, tmp_path, capsys):
+    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=1, n_positions=400, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    lengths = ("--lengths", "350", "450", "--samples", "2")
+    assert command(dense, tmp_path / "out", "--baseline", str(tmp_path / "gpt2"), *lengths) == 0
+    assert len(rows_of(tmp_path / "out")) == 4
+    assert [row["length"] for row in rows_of(tmp_path / "out/baseline")] == [350, 350]
+    (skipped,) = json.loads((tmp_path / "out/baseline/summary.json").read_text())["skipped"]
+    assert skipped["length"] == 450 and "IndexError" in skipped["reason"]
+    captured = capsys.readouterr()
+    assert "baseline: 450 tokens are skipped, generation failed (IndexError" in captured.err
+    assert "not run" in captured.out
+
+
+def test_a_model_that_lacks_memory_skips_the_length_but_other_errors_are_not_hidden(dense, tmp_path, monkeypatch):
+    def fail(error: Exception):
+        def answer(model, tokenizer, prompt):
+            if len(prompt.input_ids) == 450:
+                raise error
+            return "0"
+
+        return answer
+
+    arguments = ("--lengths", "400", "450", "--samples", "2")
+    lack = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(run, "generate_answer", fail(lack))
+    assert command(dense, tmp_path / "out", *arguments) == 1
+    assert {row["length"] for row in rows_of(tmp_path / "out")} == {400}
+    monkeypatch.setattr(run, "generate_answer", fail(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        command(dense, tmp_path / "out", *arguments)
+
+
+def test_a_landmark_model_runs_with_retrieval_settings_of_the_command(landmark, dense, tmp_path):
+    settings = ("--num_retrieved_blocks", "2", "--retrieval_granularity", "head", "--local_attention", "chunked")
+    arguments = ("--baseline", str(dense), "--lengths", "600", "--samples", "2")
+    assert command(landmark, tmp_path, *arguments, *settings) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    retrieval = summary["settings"]["retrieval"]
+    assert [retrieval[name] for name in run.RETRIEVAL_SETTINGS] == [2, "head", "chunked"]
+    assert summary["training_context"] == 128
+    assert json.loads((tmp_path / "baseline/summary.json").read_text())["settings"]["retrieval"] == {}
+    with pytest.raises(InputError, match=r"settings\.retrieval\.num_retrieved_blocks was 2 and is 3"):
+        command(landmark, tmp_path, *arguments, *settings[2:], "--num_retrieved_blocks", "3")
+
+
+def test_the_settings_reach_the_landmark_model_itself(landmark, tmp_path):
+    arguments = run.Arguments(model=str(landmark), output=str(tmp_path), lengths=[400], num_retrieved_blocks=1)
+    subject = run.PasskeyRun(arguments, "model").subject
+    model = run.load_model("--model", subject, "auto", "cpu")
+    assert model.config.num_retrieved_blocks == 1 and not model.training
+
+
+def test_retrieval_settings_that_do_not_fit_are_refused(landmark, dense, tmp_path):
+    with pytest.raises(InputError, match=r"--num_retrieved_blocks, --local_attention needs a landmark model.*'llama'"):
+        command(dense, tmp_path, "--num_retrieved_blocks", "2", "--local_attention", "chunked")
+    with pytest.raises(InputError, match="num_retrieved_blocks=99"):
+        command(landmark, tmp_path, "--num_retrieved_blocks", "99")
+    with pytest.raises(InputError, match="retrieval_granularity='row'"):
+        command(landmark, tmp_path, "--retrieval_granularity", "row")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lengths", "512", "0"], "^--lengths 0: a prompt has at least one token"),
+        (["--lengths", "-5"], "^--lengths -5"),
+        (["--samples", "0"], "^--samples 0: must be at least 1"),
+        (["--depths", "grid", "--samples", "7"], "^--samples 7: must be a multiple of --num_depths 5"),
+        (["--lengths", "100"], "^length=100: task, needle and question alone need [0-9]+ tokens"),
+        (["--template", "nowhere.json"], "^template nowhere.json: cannot be read"),
+        (["--baseline", "./nowhere"], "^--baseline ./nowhere: there is no such folder"),
+        (["--baseline", "nowhere"], "^--baseline nowhere: there is no such folder"),
+        (["--device", "abacus"], "^--model .*: the model cannot be loaded"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(more, message, dense, tmp_path):
+    with pytest.raises(InputError, match=message) as error:
+        command(dense, tmp_path, *more)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_folders_get_one_sentence(dense, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: cannot be read and written"):
+        command(dense, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no configuration and tokenizer can be read there"):
+        command(tmp_path / "empty", tmp_path / "out")
+    shutil.copytree(dense, tmp_path / "torn")
+    os.truncate(tmp_path / "torn/model.safetensors", 5000)
+    with pytest.raises(InputError, match="torn: the model cannot be loaded"):
+        command(tmp_path / "torn", tmp_path / "out", "--lengths", "400")
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "deeper")
+    config = json.loads((dense / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "deeper/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"deeper: lacks 9 weights, the first being model.layers.2"):
+        command(tmp_path / "deeper", tmp_path / "out", "--lengths", "400")
+
+
+def test_the_script_says_one_sentence_and_fails(tmp_path):
+    script = [sys.executable, str(ROOT / "eval_passkey/run.py")]
+    arguments = ["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(script + arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"eval_passkey: --model {tmp_path / 'nowhere'}: there is no such folder"
+
+
+def test_a_pretrained_llama_and_its_landmark_form_run_side_by_side(tmp_path):
+    folder = DATA / "models/stories260K/gqa"
+    if not folder.is_dir():
+        pytest.skip(f"LANDMARK_DATA: {folder} is not there")
+    tokenizer = run.find_subject("--model", str(folder), {}).tokenizer
+    LandmarkLlamaForCausalLM.from_llama(folder, tokenizer, block_size=16).save_pretrained(tmp_path / "landmark")
+    tokenizer.save_pretrained(tmp_path / "landmark")
+    arguments = ("--baseline", str(folder), "--lengths", "300", "700", "--samples", "1")
+    assert command(tmp_path / "landmark", tmp_path / "out", *arguments) == 0
+    for rows in (rows_of(tmp_path / "out"), rows_of(tmp_path / "out/baseline")):
+        assert [row["prompt_tokens"] for row in rows] == [300, 700]
