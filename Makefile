@@ -1,0 +1,47 @@
+# make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
+# make test    the whole test suite
+# make lint    ruff's checks
+# make base    makes finetune/tiny_base, the dense model that the demo starts from, anew
+# make clean   removes the demo's results and the virtual environment
+#
+# Each target sets itself up: a virtual environment in .venv with the versions of constraints.txt, made once and again
+# only when these files change. `make demo PYTHON=python3.12` takes another Python (3.10 to 3.13).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+DEMO := runs/tiny
+DEMO_REPORT := runs/passkey
+LENGTHS := 256 512 1024 2048 4096 8192 16384 32768
+
+# one process, and neither a question nor a warning about the settings that were not given
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test lint base clean
+
+demo: $(READY)
+	test -f $(DEMO)/metrics.json || $(LAUNCH) finetune/run.py --config finetune/configs/tiny.yaml --output_dir $(DEMO)
+	$(BIN)/python eval_passkey/run.py --model $(DEMO) --baseline finetune/tiny_base \
+		--lengths $(LENGTHS) --samples 20 --output $(DEMO_REPORT)
+	@echo "checkpoint: $(DEMO)"
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+base: $(READY)
+	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base.yaml --overwrite_output_dir
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(DEMO_REPORT)
+
+$(READY): constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@
