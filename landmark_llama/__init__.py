@@ -5,6 +5,7 @@ Importing the package registers its configuration and models with transformers' 
 
 from landmark_llama import _versions  # noqa: F401  (first: it refuses versions that the rest cannot be imported with)
 
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from landmark_llama.attention import landmark_attention
