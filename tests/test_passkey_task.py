@@ -154,6 +154,7 @@ def test_special_tokens_stand_at_the_start_and_nowhere_else():
         ids = PasskeyTask(tokenizer, load_template()).prompt(700, seed=3).input_ids
         assert ids[: len(start)] == start
         assert not set(ids[len(start) :]) & set(tokenizer.all_special_ids)
+        assert text_of(tokenizer, ids).startswith(load_template().task)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
