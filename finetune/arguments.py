@@ -77,8 +77,11 @@ class DataArguments:
         default=None, metadata={"help": "embedded: where it is written (OUTPUT_DIR/corpus)"}
     )
     corpus_documents: int = field(default=20_000, metadata={"help": "embedded: documents in all"})
-    corpus_retrieval_share: float = field(default=0.8, metadata={"help": "embedded: share of retrieval documents"})
+    corpus_retrieval_share: float = field(default=0.9, metadata={"help": "embedded: share of retrieval documents"})
     corpus_retrieval_characters: int = field(default=1100, metadata={"help": "embedded: longest retrieval document"})
+    corpus_copy_share: float = field(
+        default=0.1, metadata={"help": "embedded: share of the retrieval documents that only say something twice"}
+    )
     corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
     vocabulary_size: int = field(default=1024, metadata={"help": "pieces of the `embedded` tokenizer"})
 

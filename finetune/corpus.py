@@ -74,7 +74,11 @@ def common_words(documents: list[dict], minimum_count: int = 5) -> list[str]:
 
 
 def make_corpus(
-    documents: int, retrieval_share: float = 0.8, retrieval_characters: int = 1100, seed: int = 0
+    documents: int,
+    retrieval_share: float = 0.9,
+    retrieval_characters: int = 1100,
+    copy_share: float = 0.1,
+    seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """Makes `documents` documents and returns them as `(train, heldout)`, shuffled and without a text in common.
 
@@ -82,6 +86,7 @@ def make_corpus(
         documents: how many in all, held-out ones included.
         retrieval_share: share of retrieval documents; the rest is real text, used again when there is too little of it.
         retrieval_characters: length of the longest retrieval documents; shorter ones are made down to a few lines.
+        copy_share: share of the retrieval documents that only say something twice: what a new model has to learn first.
         seed: of every choice.
     """
     rng = random.Random(seed)
@@ -102,8 +107,12 @@ def make_corpus(
         made = [_sample(own_prose, count - retrieval_count, rng), []]
         while len(made[1]) < retrieval_count:
             # Short ones teach quickly, long ones teach the distance: half and half.
-            low = 100 if rng.random() < 0.5 else retrieval_characters // 2
-            text = writer.document(rng.randint(min(low, retrieval_characters), retrieval_characters))
+            low, high = (
+                (80, retrieval_characters // 3)
+                if rng.random() < 0.5
+                else (retrieval_characters // 3, retrieval_characters)
+            )
+            text = writer.document(rng.randint(min(low, high), high), copy_share)
             if text not in seen and not holds_reserved_number(text):
                 seen.add(text)
                 made[1].append(_document(text, "retrieval", "retrieval"))
@@ -123,8 +132,9 @@ def corpus_files(folder: Path) -> tuple[Path, Path]:
 def write_corpus(
     folder: Path,
     documents: int,
-    retrieval_share: float = 0.8,
+    retrieval_share: float = 0.9,
     retrieval_characters: int = 1100,
+    copy_share: float = 0.1,
     seed: int = 0,
 ) -> tuple[Path, Path]:
     """Writes `train.jsonl` and `heldout.jsonl` to `folder`; returns their paths. The other settings are those of `make_corpus`.
@@ -133,7 +143,9 @@ def write_corpus(
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = corpus_files(folder)
-    for path, split in zip(paths, make_corpus(documents, retrieval_share, retrieval_characters, seed), strict=True):
+    for path, split in zip(
+        paths, make_corpus(documents, retrieval_share, retrieval_characters, copy_share, seed), strict=True
+    ):
         partial = path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in split)
@@ -157,7 +169,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
     parser.add_argument("--documents", type=int, default=20_000)
-    parser.add_argument("--retrieval_share", type=float, default=0.8)
+    parser.add_argument("--retrieval_share", type=float, default=0.9)
+    parser.add_argument("--copy_share", type=float, default=0.1)
     parser.add_argument("--retrieval_characters", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -60,8 +60,7 @@ class PackedRows(torch.utils.data.Dataset):
         tokens = self._tokens(row * self.row_tokens, (row + 1) * self.row_tokens)
         if self.landmark_token_id is None:
             return {"input_ids": tokens, "labels": tokens.clone()}
-        # A row that stops right before a landmark's place holds the block's tokens and not yet its landmark.
-        landmarked = insert_landmarks(tokens, self.block_size, self.landmark_token_id)[: self.context_length]
+        landmarked = insert_landmarks(tokens, self.block_size, self.landmark_token_id)
         labels = landmarked.masked_fill(landmarked == self.landmark_token_id, IGNORED_LABEL)
         return {"input_ids": landmarked, "labels": labels}
 
@@ -101,6 +100,7 @@ def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
         data.corpus_documents,
         retrieval_share=data.corpus_retrieval_share,
         retrieval_characters=data.corpus_retrieval_characters,
+        copy_share=data.corpus_copy_share,
         seed=data.corpus_seed,
     )
 
@@ -123,10 +123,8 @@ def make_rows(
         seed: of the held-out split, which is by document.
 
     Raises:
-        UserError: the data cannot be read, or fills no row.
+        UserError: the data cannot be read or fills no row, or no row can have `context_length` positions.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token to join documents with")
     if embedded:
         (train, bad_train), (heldout, bad_heldout) = (
             read_documents([str(file)], data.skip_bad_rows, data.preprocessing_workers) for file in embedded
@@ -141,6 +139,12 @@ def make_rows(
         split = documents.train_test_split(test_size=data.heldout_share, seed=seed)
         train, heldout = split["train"], split["test"]
     row_tokens = plain_length(data.context_length, block_size)
+    if data.context_length % block_size == block_size - 1:
+        # The last token of a block always brings its landmark along.
+        raise UserError(
+            f"--context_length {data.context_length}: no text takes that many positions in blocks of {block_size}; give "
+            f"{data.context_length - 1} or {data.context_length + 1}"
+        )
     packed = []
     for documents, max_rows in ((train, None), (heldout, data.max_heldout_rows)):
         tokenised = _tokenise(documents, tokenizer, data.preprocessing_workers)

@@ -6,15 +6,17 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from finetune.arguments import DataArguments, ModelArguments, UserError
+from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
+from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
+from landmark_llama.conversion import checked_load
 
 LANDMARK_SETTINGS = (
     "num_retrieved_blocks",
@@ -23,6 +25,7 @@ LANDMARK_SETTINGS = (
     "retrieval_granularity",
     "predict_from_landmark",
 )
+TOKENIZER_DOCUMENTS = 8000  # as many documents of the embedded corpus are enough for its tokenizer
 
 
 def load_tokenizer(
@@ -31,90 +34,98 @@ def load_tokenizer(
     """The tokenizer of the checkpoint, of `tokenizer_name`, or one trained on the embedded corpus.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has no end-of-sequence token.
     """
     if model_args.tokenizer_name == "embedded":
         from finetune.tokenizer import to_fast_tokenizer, train_sentencepiece
 
         with embedded[0].open(encoding="utf-8") as file:
-            texts = [json.loads(line)["text"] for line, _ in zip(file, range(8000), strict=False)]
+            texts = [json.loads(line)["text"] for line, _ in zip(file, range(TOKENIZER_DOCUMENTS), strict=False)]
         return to_fast_tokenizer(train_sentencepiece(texts, data_args.vocabulary_size), data_args.context_length)
     name = model_args.tokenizer_name or model_args.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # loaders raise many kinds, none of which is worth a traceback
         raise UserError(f"{name}: no tokenizer could be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no end-of-sequence token, which documents are joined with")
+    return tokenizer
 
 
 def load_model(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The model to train: with landmarks (converted from a dense checkpoint where needed) or dense.
+    """The model to train: dense, or with landmarks (made of a dense one where needed).
 
     Adds the landmark token to `tokenizer` where the model has landmarks.
 
     Raises:
         UserError: there is no such checkpoint, it is no LLaMA, or its landmark settings cannot work.
     """
-    dense = model_args.attention == "dense"
-    if model_args.config_name:
-        config = _read_config(model_args.config_name)
-        config.vocab_size = len(tokenizer)
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        model = LlamaForCausalLM(config)
-    else:
-        model = _read_checkpoint(model_args.model_name_or_path)
-    model = model.to(getattr(torch, model_args.dtype))
-    is_landmark = hasattr(model.config, "landmark_token_id")
-    if dense and is_landmark:
-        raise UserError(
-            f"{model_args.model_name_or_path}: a checkpoint with landmarks cannot be trained with --attention dense"
-        )
-    if dense:
-        return model
-    return _with_landmarks(model, is_landmark, model_args, data_args, tokenizer)
-
-
-def _with_landmarks(model, is_landmark, model_args, data_args, tokenizer) -> PreTrainedModel:
-    from landmark_llama import LandmarkLlamaForCausalLM
-
+    dtype = getattr(torch, model_args.dtype)
+    config = _read_config(model_args)
     settings = {name: getattr(model_args, name) for name in LANDMARK_SETTINGS}
     settings = {name: value for name, value in settings.items() if value is not None}
+    settings["train_context_length"] = data_args.context_length
+    if isinstance(config, LandmarkLlamaConfig):
+        return _load_landmark(model_args, config, settings, dtype)
+    if model_args.config_name:
+        config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        model = LlamaForCausalLM(config).to(dtype)
+    else:
+        model = _load(LlamaForCausalLM, model_args.model_name_or_path, dtype=dtype)
+    if model_args.attention == "dense":
+        return model
     try:
-        if not is_landmark:
-            return LandmarkLlamaForCausalLM.from_llama(
-                model,
-                tokenizer,
-                block_size=model_args.block_size,
-                train_context_length=data_args.context_length,
-                **settings,
-            )
-        model.config.update({"train_context_length": data_args.context_length, **settings})
+        block_size = model_args.block_size or DEFAULT_BLOCK_SIZE
+        return LandmarkLlamaForCausalLM.from_llama(model, tokenizer, block_size=block_size, **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model
 
 
-def _read_config(name: str) -> LlamaConfig:
+def _load_landmark(
+    model_args: ModelArguments, config: LandmarkLlamaConfig, settings: dict, dtype: torch.dtype
+) -> LandmarkLlamaForCausalLM:
+    """A landmark checkpoint, to be trained on; its block size stays what it is."""
+    name = model_args.model_name_or_path
+    if model_args.attention == "dense":
+        raise UserError(f"{name}: has landmarks and cannot be trained with --attention dense")
+    if model_args.block_size not in (None, config.block_size):
+        raise UserError(f"--block_size {model_args.block_size}: {name} has blocks of {config.block_size}")
+    for key, value in settings.items():
+        setattr(config, key, value)
+    try:
+        config.retrieval()  # refuses a window that cannot hold the settings
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return _load(LandmarkLlamaForCausalLM, name, config=config, dtype=dtype)
+
+
+def _read_config(model_args: ModelArguments) -> PreTrainedConfig:
+    flag = "--config_name" if model_args.config_name else "--model_name_or_path"
+    name = model_args.config_name or model_args.model_name_or_path
     try:
         config = LlamaConfig.from_json_file(name) if name.endswith(".json") else AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config_name {name}: {_first_line(error)}") from error
-    if config.model_type != "llama":
-        raise UserError(f"--config_name {name}: model_type {config.model_type!r} is not a LLaMA configuration")
+    except Exception as error:  # as above
+        raise UserError(f"{flag} {name}: no configuration could be loaded: {_first_line(error)}") from error
+    if config.model_type not in ("llama", LandmarkLlamaConfig.model_type):
+        raise UserError(f"{flag} {name}: model_type {config.model_type!r} is not a LLaMA")
+    if model_args.config_name and config.model_type != "llama":
+        raise UserError(f"{flag} {name}: give the LLaMA's own configuration; landmark settings are flags")
     return config
 
 
-def _read_checkpoint(name: str) -> PreTrainedModel:
+def _load(model_class: type[PreTrainedModel], name: str, **settings) -> PreTrainedModel:
     try:
-        import landmark_llama  # noqa: F401 (registers landmark checkpoints with the Auto classes)
-
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
+        load = model_class.from_pretrained
+        # A landmark model checks that its weights are complete; here a plain LLaMA has to be checked, too.
+        return (
+            load(name, **settings) if model_class is LandmarkLlamaForCausalLM else checked_load(load, name, **settings)
+        )
+    except Exception as error:  # as above
         raise UserError(f"--model_name_or_path {name}: no checkpoint could be loaded: {_first_line(error)}") from error
-    if not isinstance(model, LlamaForCausalLM):
-        raise UserError(f"--model_name_or_path {name}: {type(model).__name__} is not a LLaMA")
-    return model
 
 
 def _first_line(error: BaseException) -> str:

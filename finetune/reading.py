@@ -39,12 +39,11 @@ def read_documents(sources: list[str], skip_bad_rows: bool = False, workers: int
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise UserError(f"the data cannot be read: {error.__cause__ or error}") from error
-    bad = rows.filter(lambda problem: problem is not None, input_columns="problem", desc="Checking rows")
+    bad = rows.filter(bool, input_columns="problem", desc="Checking rows")
     if len(bad) and not skip_bad_rows:
         more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]['problem']}{more}; --skip_bad_rows counts such rows and goes on")
-    if len(bad):
-        rows = rows.filter(lambda problem: problem is None, input_columns="problem", desc="Skipping bad rows")
+    rows = rows.filter(lambda problem: problem is None, input_columns="problem", desc="Taking good rows")
     if not len(rows):
         raise UserError(f"no document in {', '.join(sources)}: {len(files)} files without a single good row")
     return rows.remove_columns("problem"), len(bad)
@@ -90,6 +89,8 @@ def _rows(stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, str | None]]
         read = _parquet_rows if name.endswith(".parquet") else _json_rows
         for text, problem in read(name):
             yield {"text": text, "problem": problem}
+    # `datasets` cannot make a data set of no rows at all; this one is neither good nor bad.
+    yield {"text": None, "problem": ""}
 
 
 def _json_rows(name: str) -> Iterator[tuple[str | None, str | None]]:
@@ -100,7 +101,7 @@ def _json_rows(name: str) -> Iterator[tuple[str | None, str | None]]:
             for number, line in enumerate(_decompressed(raw, name), start=1):
                 if line.strip():
                     yield _parse(line, f"{name}, line {number}")
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # decompressors raise their own kinds
             yield None, f"{name}: {error}"
 
 

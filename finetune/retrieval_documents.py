@@ -43,8 +43,41 @@ class RetrievalWriter:
         self.rng, self.words, self.prose = rng, words, prose
         self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
 
-    def document(self, characters: int) -> str:
-        """A document of about `characters` characters that states one or more numbers and asks for some of them."""
+    def document(self, characters: int, copy_share: float) -> str:
+        """A document of about `characters` characters: numbers hidden in a long text, a register of them, or a copy.
+
+        Registers and copies are made of little else than tokens that can be looked up. They teach a model how to look
+        things up in a fraction of the time that the hidden numbers alone, a few digits in a long text, would take.
+        """
+        if self.rng.random() < copy_share:
+            return self._copy(characters)
+        return self._register(characters) if self.rng.random() < 0.3 else self._hidden(characters)
+
+    def _copy(self, characters: int) -> str:
+        """Any words and numbers, and the same again."""
+        rng = self.rng
+        parts: list[str] = []
+        length = rng.randint(20, max(characters // 2, 20))
+        while sum(map(len, parts)) + len(parts) < length:
+            parts.append(self._number() if rng.random() < 0.2 else self._word())
+        return rng.choice(("\n", " ", ". ")).join([" ".join(parts)] * 2)
+
+    def _register(self, characters: int) -> str:
+        """Names with their numbers, and then the same names in another order, each asking for its number."""
+        rng = self.rng
+        facts = [(name, self._number()) for name in self._names(rng.randint(2, max(2, min(16, characters // 50))))]
+        shapes = ["{x}: {k}", "{x} {k}", "{x} = {k}", self._pick("statements"), self._statement(), self._statement()]
+        # A sentence asks only if it has the name before the number.
+        shape = rng.choice([shape for shape in shapes if shape.find("{x}") < shape.find("{k}")])
+        asking = shape if rng.random() < 0.6 else self._pick("questions")
+        thing = self._thing()
+        lines = [self._fill(shape, x=name, k=number, t=thing) for name, number in facts]
+        again = rng.sample(facts, len(facts))
+        lines += [self._fill(asking, x=name, k=number, t=thing) for name, number in again]
+        return rng.choice((" ", "\n", "\n")).join(lines)
+
+    def _hidden(self, characters: int) -> str:
+        """One or more numbers in a text that is beside the point, and questions for some of them."""
         rng = self.rng
         many = rng.random() < 0.6
         count = 1 if not many else rng.randint(2, max(2, min(8, characters // 60)))
