@@ -1,0 +1,229 @@
+"""Reading a prompt and generating from it: the landmark model beside transformers' dense LLaMA with SDPA.
+
+    python benchmarks/generation.py
+    python benchmarks/generation.py --lengths 2048 8192 --granularity head --repetitions 5
+    python benchmarks/generation.py --model DIR --device cuda --dtype bfloat16 --output FILE
+
+For each prompt length: seconds to read the prompt, milliseconds a generated token, and the peak of memory. Every
+measurement is a process of its own; the implementations take turns. Rows go to `--output`, failures beside it, and
+`python benchmarks/table.py FILE` makes the table of a README of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
+from benchmarks.checks import check_attention, check_reading
+from benchmarks.measure import (
+    MeasurementFailed,
+    PeakMemory,
+    ResultsFile,
+    Stopwatch,
+    isolated,
+    machine,
+    statistics_of,
+    versions,
+)
+from benchmarks.models import DENSE, LANDMARK, ModelArguments, landmark_config, load_model, random_text, shape_of
+from landmark_llama import LandmarkLlamaConfig
+
+QUANTITIES = ("prefill_seconds", "decode_ms_per_token", "peak_memory_mib")
+
+
+@dataclass
+class Arguments:
+    """What is measured, and how often."""
+
+    lengths: list[int] = field(
+        default_factory=lambda: [2048, 8192, 32768, 131072], metadata={"help": "Prompt lengths in ordinary tokens."}
+    )
+    granularity: list[str] = field(
+        default_factory=lambda: ["head", "token_and_head"],
+        metadata={"help": "Kinds of retrieval_granularity of the landmark model, each measured."},
+    )
+    decode_tokens: int = field(
+        default=32, metadata={"help": "Tokens generated after the prompt; 16 or more, to hold the end of a block."}
+    )
+    repetitions: int = field(default=3, metadata={"help": "Processes per implementation and length."})
+    slow_seconds: float = field(default=60.0, metadata={"help": "A prompt that takes longer is read only once."})
+    warmup_tokens: int = field(
+        default=0, metadata={"help": "Prompt read before the clock starts; 0: 1024 on a CPU, the whole one on a GPU."}
+    )
+    output: str = field(
+        default=str(Path(__file__).parent / "results" / "generation.jsonl"),
+        metadata={"help": "File that rows are added to."},
+    )
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            if length < 1:
+                raise ValueError(f"--lengths {length}: a prompt has at least one token")
+        if self.decode_tokens < 16:
+            raise ValueError(f"--decode_tokens {self.decode_tokens}: a median needs at least 16")
+        if self.repetitions < 1:
+            raise ValueError(f"--repetitions {self.repetitions}: must be at least 1")
+        self.lengths = sorted(set(self.lengths))
+
+
+def measure(
+    args: ModelArguments, config: LandmarkLlamaConfig, implementation: str, length: int, decode_tokens: int, warmup: int
+) -> dict[str, Any]:
+    """One measurement, in the present process: reads `length` tokens, then generates `decode_tokens`, greedily.
+
+    Returns:
+        The `QUANTITIES`, the decoding one as the median over the tokens, with `decode_ms` of each token.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = load_model(args, config, implementation)
+    text = random_text(args, config, length)
+    landmark = config.landmark_token_id
+    # PyTorch loads parts of itself at their first use, which is not the model's memory
+    _read_and_generate(model, text[:, :32], 4, landmark)
+    memory = PeakMemory(args.device)
+    whole = torch.device(args.device).type == "cuda"
+    _read_and_generate(model, text[:, : warmup or (length if whole else 1024)], 4, landmark)
+    seconds, steps = _read_and_generate(model, text, decode_tokens, landmark)
+    milliseconds = [step * 1000 for step in steps]
+    measured = (seconds, statistics.median(milliseconds), memory.mib())
+    return {**dict(zip(QUANTITIES, measured, strict=True)), "decode_ms": milliseconds}
+
+
+@torch.inference_mode()
+def _read_and_generate(
+    model: PreTrainedModel, text: torch.Tensor, new_tokens: int, landmark_token_id: int
+) -> tuple[float, list[float]]:
+    """Seconds to read `text` (1, length) in one call, and of each of the `new_tokens` steps after it."""
+    watch, steps = Stopwatch(str(text.device)), []
+    outputs = model(text, use_cache=True, logits_to_keep=1)
+    token = _greedy(outputs.logits, landmark_token_id)
+    prefill = watch.lap()
+    for _ in range(new_tokens):
+        outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
+        token = _greedy(outputs.logits, landmark_token_id)
+        steps.append(watch.lap())
+    if not outputs.logits.isfinite().all():
+        raise ValueError(f"the logits after {text.shape[1]} + {new_tokens} tokens are not all finite")
+    return prefill, steps
+
+
+def _greedy(logits: torch.Tensor, landmark_token_id: int) -> torch.Tensor:
+    """The next token (1, 1): the likeliest, never the landmark."""
+    logits = logits[:, -1].index_fill(-1, torch.tensor(landmark_token_id, device=logits.device), -torch.inf)
+    return logits.argmax(-1, keepdim=True)
+
+
+class GenerationBenchmark:
+    """The whole run: checks, then every length with its implementations in turn."""
+
+    def __init__(self, model: ModelArguments, args: Arguments) -> None:
+        self.model, self.args = model, args
+        configs = {f"{LANDMARK} {name}": landmark_config(model, name) for name in args.granularity}
+        self.configs = {DENSE: next(iter(configs.values())), **configs}
+        common = {
+            "benchmark": "generation",
+            "model": Path(model.model).name if model.model else "random weights",
+            "shape": shape_of(self.configs[DENSE]),
+            "dtype": model.dtype,
+            "machine": machine(model.device, model.threads),
+            "versions": versions(),
+        }
+        self.results = ResultsFile(Path(args.output), common)
+
+    def run(self) -> None:
+        """Measures everything; shows a bar on standard error, and each length's figures as soon as they are there."""
+        rounds = len(self.args.lengths) * self.args.repetitions * len(self.configs)
+        with tqdm(total=rounds, unit="run", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+            right = [name for name in self.configs if name == DENSE or self._is_right(name)]
+            bar.total = len(self.args.lengths) * self.args.repetitions * len(right)
+            for length in self.args.lengths:
+                self._measure_length(length, right, bar)
+
+    def _is_right(self, implementation: str) -> bool:
+        config = self.configs[implementation]
+        try:
+            for check in (check_attention, check_reading):
+                problem = isolated(check, self.model, config)
+                if problem:
+                    raise MeasurementFailed(f"not measured, its result is wrong: {problem}")
+        except MeasurementFailed as error:
+            self._fail(implementation, None, error)
+            return False
+        return True
+
+    def _measure_length(self, length: int, implementations: list[str], bar: tqdm) -> None:
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in implementations}
+        failed: set[str] = set()
+        for repetition in range(self.args.repetitions):
+            # back and forth, so that nobody always runs after the same neighbour
+            for name in implementations if repetition % 2 == 0 else implementations[::-1]:
+                bar.set_postfix_str(f"{length} tokens, {name}", refresh=sys.stderr.isatty())
+                slow = any(one["prefill_seconds"] > self.args.slow_seconds for one in measured[name])
+                if name not in failed and not slow:
+                    try:
+                        measured[name].append(self._measure_once(name, length))
+                    except MeasurementFailed as error:
+                        failed.add(name)
+                        self._fail(name, length, error)
+                bar.update()
+        for quantity in QUANTITIES:
+            dense = measured[DENSE] if DENSE not in failed else []
+            baseline = statistics.median(one[quantity] for one in dense) if dense else None
+            for name in implementations:
+                if name not in failed:
+                    self._add_row(quantity, name, length, measured[name], baseline)
+
+    def _measure_once(self, name: str, length: int) -> dict[str, Any]:
+        args = self.args
+        return isolated(measure, self.model, self.configs[name], name, length, args.decode_tokens, args.warmup_tokens)
+
+    def _add_row(
+        self, quantity: str, name: str, length: int, measured: list[dict[str, Any]], baseline: float | None
+    ) -> None:
+        figures = statistics_of([one[quantity] for one in measured])
+        row = {"quantity": quantity, "implementation": name, "length": length, **figures}
+        row["ratio_to_dense"] = round(figures["median"] / baseline, 4) if baseline else None
+        if len(measured) < self.args.repetitions:
+            wanted, seconds = self.args.repetitions, self.args.slow_seconds
+            row["note"] = f"measured {len(measured)} instead of {wanted} times: reading took over {seconds:g} s"
+        if quantity == "decode_ms_per_token":
+            row["tokens"] = self.args.decode_tokens
+            # a block's last token brings its landmark along, and a cache grows now and then: the median hides both
+            row["mean"] = round(statistics.mean(x for one in measured for x in one["decode_ms"]), 4)
+            row["slowest"] = round(max(x for one in measured for x in one["decode_ms"]), 4)
+        self.results.add(row)
+        tqdm.write(f"{length:>8} tokens  {name:<24} {quantity:<20} {figures['median']:>10.4g}", file=sys.stderr)
+
+    def _fail(self, implementation: str, length: int | None, error: MeasurementFailed) -> None:
+        self.results.add_failure({"implementation": implementation, "length": length}, str(error))
+        where = "" if length is None else f" at {length} tokens"
+        tqdm.write(f"{implementation}{where}: {error}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 0, or 1 if something could not be measured."""
+    model, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(argv)
+    benchmark = GenerationBenchmark(model, args)
+    benchmark.run()
+    print(benchmark.results.path)
+    if benchmark.results.failures:
+        print(benchmark.results.failed_path)
+    return 1 if benchmark.results.failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"benchmarks: {error}")
+    except KeyboardInterrupt:
+        sys.exit("benchmarks: interrupted; the rows of finished lengths are kept")

@@ -1,0 +1,191 @@
+"""Measuring fairly: fresh processes, clocks, peak memory, and rows that say what machine they come from."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+import landmark_llama
+
+Result = TypeVar("Result")
+
+
+class MeasurementFailed(Exception):
+    """A measurement that gave no figure; the message is the reason."""
+
+
+def isolated(function: Callable[..., Result], *args: Any) -> Result:
+    """Calls `function(*args)` in a process of its own, which starts clean: no memory or thread of an earlier call.
+
+    Raises:
+        MeasurementFailed: if the call raises, or its process is killed (for lack of memory, mostly).
+    """
+    context = multiprocessing.get_context("forkserver")
+    # children are forked from a server that has these imported and has computed nothing
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "landmark_llama"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise MeasurementFailed("its process was killed, most likely for lack of memory") from error
+        except Exception as error:  # whatever it was, it must not take the other measurements along
+            message = (str(error).strip() or "no message").splitlines()[0]
+            raise MeasurementFailed(f"{type(error).__name__}: {message}") from error
+
+
+class Stopwatch:
+    """Seconds between its `lap()` calls, all work of the device included."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._last = self._now()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._last = self._last, self._now()
+        return self._last - before
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """Most memory in use since this was made, beyond what was in use then: a GPU's tensors, or the process on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        gc.collect()
+        self._device = device if torch.device(device).type == "cuda" else None
+        if self._device:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            _forget_process_peak()
+        self._before = self._peak()
+
+    def mib(self) -> float:
+        """The peak so far, in MiB."""
+        return (self._peak() - self._before) / 2**20
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) if self._device else _process_peak()
+
+
+def _process_peak() -> int:
+    """Bytes that this process held at most.
+
+    Linux's own count, where there is one: `ru_maxrss` starts at the size of the process that launched this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _forget_process_peak() -> None:
+    """Makes the present size the peak. Where the system cannot, a peak below an earlier one is not seen."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+
+
+def statistics_of(values: list[float]) -> dict[str, Any]:
+    """Median and spread of repeated measurements, and the measurements themselves, rounded to 6 digits."""
+    values = [float(f"{value:.6g}") for value in values]
+    median = float(f"{statistics.median(values):.6g}")
+    return {"median": median, "min": min(values), "max": max(values), "repetitions": len(values), "values": values}
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What the figures depend on; no name of the machine."""
+    described: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        # other work on the machine shows here: it should be near 0
+        "load_before": round(os.getloadavg()[0], 2),
+        "device": torch.device(device).type,
+    }
+    if described["device"] == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return described
+
+
+def _cpu_name() -> str:
+    """The processor's name; "unknown" where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "landmark_llama": landmark_llama.__version__,
+    }
+
+
+class ResultsFile:
+    """The rows of a run, added to a JSONL file one by one; what failed goes to `NAME.failed.jsonl` beside it.
+
+    Args:
+        path: of the file; earlier runs in it are kept.
+        common: what every row of this run says beside its own figures.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+
+    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+        self.path, self.failed_path = path, path.with_suffix(".failed.jsonl")
+        self.run = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._common = {"run": self.run, **common}
+        self.failures = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from error
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row, at once."""
+        self._append(self.path, row)
+
+    def add_failure(self, row: dict[str, Any], reason: str) -> None:
+        """Adds a row without figures to the other file."""
+        self.failures += 1
+        self._append(self.failed_path, {**row, "reason": reason})
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, **self._common}) + "\n")
