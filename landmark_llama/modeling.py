@@ -223,18 +223,24 @@ class LandmarkLlamaModel(LlamaModel):
                 begin,
                 length,
                 num_direct_blocks=settings.num_direct_blocks,
+                tile_blocks=self._tile_blocks(settings),
                 chunked=chunked,
                 share=settings.granularity == "head",
                 block_size=block_size,
             )
             yield _Chunk(begin - layout.start, length, groups)
 
+    def _tile_blocks(self, settings: RetrievalSettings) -> int:
+        """Query blocks that share a window of keys: as many as keep the window inside the rotary table."""
+        return self.config.train_context_length // self.config.block_size - settings.num_direct_blocks
+
     def _chunk_blocks(self, layout: Layout, settings: RetrievalSettings) -> int:
         """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
-        config = self.config
-        window = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
-        window *= settings.num_direct_blocks + 1 + settings.num_retrieved_blocks
-        return max(1, min(CHUNK_POSITIONS // config.block_size, GATHERED_ELEMENTS // window))
+        config, tile = self.config, self._tile_blocks(settings)
+        block = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
+        window = block * (1 + settings.num_direct_blocks / tile + settings.num_retrieved_blocks)
+        blocks = min(CHUNK_POSITIONS // config.block_size, int(GATHERED_ELEMENTS // window))
+        return max(1, blocks // tile) * tile
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:
         """Embeddings (batch, columns, hidden_size) of ids or embeddings `content` laid out by `source`, landmarks set."""

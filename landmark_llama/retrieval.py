@@ -17,137 +17,147 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 
-SCORES_AT_ONCE = 1 << 22  # scores held while choosing: queries of few enough groups at a time to stay near the cores
+SCORES_AT_ONCE = 1 << 19  # scores held while choosing: few enough groups at a time to stay in the cores' caches
 
 
 class Choice(NamedTuple):
     """Blocks that each query reads.
 
-    `block`: (batch, kv_heads or 1, group or 1, groups, queries or 1, k), ascending; -1 stands first where fewer than k exist.
-    `distance`: the same shape: blocks from the first direct block back to the slot that the block is read at.
+    block: (batch, kv_heads or 1, group or 1, groups, queries or 1, k), ascending; -1 stands first where fewer than k exist.
+    recent: the same shape, boolean: whether the block is among the last k candidates.
     """
 
     block: Tensor
-    distance: Tensor
+    recent: Tensor
+
+    def distance(self) -> Tensor:
+        """Blocks from the first direct block back to the slot that each chosen block is read at, `block`'s shape.
+
+        The chosen one of rank r (0 .. k' - 1) stands k' + 1 - r back, one less if it is among the last k' candidates.
+        """
+        k = self.block.shape[-1]
+        return torch.arange(k + 1, 1, -1, device=self.block.device) - self.recent.long()
+
+    def at_their_distances(self, rotated: Tensor) -> Tensor:
+        """Queries (..., queries, k, head_dim), each rotated to its chosen blocks, from `rotate_to_distances`."""
+        back = rotated.flip(-2)  # from distance k + 1 down to 1: rank r takes entry r, or the next if recent
+        return torch.where(self.recent.unsqueeze(-1), back[..., 1:, :], back[..., :-1, :])
 
 
-def choose_blocks(
-    query: Tensor,
-    landmarks: Tensor,
-    candidates: Tensor,
-    position: Tensor,
-    valid: Tensor,
-    *,
-    num_blocks: int,
-    granularity: str,
-    block_size: int,
-    rotary: RotaryTable,
-    scale: float,
-    landmarks_tie: bool,
-) -> Choice:
-    """Chooses `num_blocks` blocks for each query by the scores of their landmarks; ties go to the later block.
+def rotate_to_distances(query: Tensor, position: Tensor, k: int, block_size: int, rotary: RotaryTable) -> Tensor:
+    """Queries rotated to blocks 1 .. k + 1 before their first direct block.
 
     Args:
         query: (batch, kv_heads, group, groups, queries, head_dim), not rotated.
+        position: (batch, groups, queries): positions from the group's first direct block to the query.
+
+    Returns:
+        (batch, kv_heads, group, groups, queries, k + 1, head_dim).
+    """
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
+    distance = torch.arange(1, k + 2, device=query.device)
+    # rotating twice spares one row of the table a query and distance
+    return rotary.rotate(rotary.rotate(query, position[:, None, None]).unsqueeze(-2), distance * block_size)
+
+
+def choose_blocks(
+    rotated: Tensor,
+    landmarks: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    *,
+    granularity: str,
+    scale: float,
+    landmarks_tie: bool,
+) -> Choice:
+    """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
+
+    Args:
+        rotated: (batch, kv_heads, group, groups, queries, k + 1, head_dim), from `rotate_to_distances`.
         landmarks: (batch, kv_heads, blocks, head_dim), rotated by their offset in the block; all candidates, at least one.
         candidates: (batch, groups): number of candidates n of each group.
-        position: (batch, groups, queries): positions from the group's first direct block to the query.
         valid: (batch, groups, queries): False for padding, which has no say in a shared choice.
         granularity: `"token_and_head"`, `"head"` (softmax over the candidates, then the maximum over the group's queries)
             or `"token"` (the same, maximum over heads).
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not decide.
     """
-    step = max(1, SCORES_AT_ONCE // (query[:, :, :, 0, :, 0].numel() * (landmarks.shape[2] + num_blocks)))
+    landmarks = landmarks.to(rotated.dtype)
+    shown = 1 if landmarks_tie else landmarks.shape[2]
+    step = max(1, SCORES_AT_ONCE // (rotated[:, :, :, 0, :, 0, 0].numel() * shown))
     parts = []
-    for first in range(0, query.shape[3], step):
+    for first in range(0, rotated.shape[3], step):
         part = slice(first, first + step)
-        parts.append(
-            _choose(
-                query[:, :, :, part],
-                landmarks,
-                candidates[:, part],
-                position[:, part],
-                valid[:, part],
-                _Settings(num_blocks, granularity, block_size, rotary, scale, landmarks_tie),
-            )
-        )
+        scores = _Scores.of(rotated[:, :, :, part], landmarks, candidates[:, part], scale, landmarks_tie)
+        if granularity != "token_and_head":
+            scores = scores.shared(valid[:, part], granularity)
+        parts.append(scores.best())
     block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
-    return Choice(block, _distance(block, candidates, num_blocks))
+    return Choice(block, block >= (candidates - block.shape[-1])[:, None, None, :, None, None])
 
 
-class _Settings(NamedTuple):
-    num_blocks: int
-    granularity: str
-    block_size: int
-    rotary: RotaryTable
-    scale: float
-    landmarks_tie: bool
+class _Scores(NamedTuple):
+    """Landmark scores of some groups of queries, -inf where there is no candidate.
 
-
-def _choose(
-    query: Tensor, landmarks: Tensor, candidates: Tensor, position: Tensor, valid: Tensor, settings: _Settings
-) -> Tensor:
-    """The `block` of `Choice` for a few groups."""
-    k = settings.num_blocks
-    n = candidates[:, None, None, :, None, None]
-    older, recent = _scores(query, landmarks, candidates, position, settings)
-    scores = torch.cat([older, recent], dim=-1)
-    # columns ascend with the blocks: first the older candidates, then the last k
-    first_older = n - 2 * k if settings.landmarks_tie else torch.zeros_like(n)
-    if settings.granularity != "token_and_head":
-        weight = torch.ones_like(n)
-        if settings.landmarks_tie:  # one column of the k shown stands for its share of the n - k that tie
-            weight = (n - k).clamp_min(1) / (n - k).clamp(1, k)
-        scores = _share(scores, older.shape[-1], weight, valid, settings.granularity)
-    value, column = top_latest(scores, k)
-    block = torch.where(column < older.shape[-1], first_older + column, n - k + column - older.shape[-1])
-    return block.masked_fill_(value == -torch.inf, -1).sort(-1).values
-
-
-def _scores(
-    query: Tensor, landmarks: Tensor, candidates: Tensor, position: Tensor, settings: _Settings
-) -> tuple[Tensor, Tensor]:
-    """Scores of the older candidates, all at one distance, and of the last k, each at its own; -inf where there is none.
-
-    Returns (..., queries, older) and (..., queries, k), fp32. Older are all blocks by number; where landmarks tie, they are
-    the k blocks before the last k, the only ones that can be chosen.
+    older: (..., queries, blocks): the candidates before the last k, by block; where all landmarks tie, (..., queries, 1).
+    recent: (..., queries, k): the last k candidates.
+    n: (batch, 1, 1, groups, 1, 1): number of candidates.
     """
-    k, block_size, rotary = settings.num_blocks, settings.block_size, settings.rotary
-    query = query.float()
-    position = position[:, None, None]
-    at_most = rotary.rotate(query, position + (k + 1) * block_size) * settings.scale
-    back = torch.arange(-k, 0, device=query.device)  # the last k candidates, from the farthest to the next
-    recent_block = candidates.unsqueeze(-1) + back  # (batch, groups, k)
-    at_distance = rotary.rotate(query.unsqueeze(-2), position.unsqueeze(-1) - back * block_size) * settings.scale
-    if settings.landmarks_tie:
-        landmark = landmarks[:, :, 0].float()
-        older = torch.einsum("bhagqd,bhd->bhagq", at_most, landmark).unsqueeze(-1).expand(*query.shape[:-1], k)
-        recent = torch.einsum("bhagqkd,bhd->bhagqk", at_distance, landmark)
-        older = older.masked_fill((recent_block - k < 0)[:, None, None, :, None], -torch.inf)
-    else:
-        older = at_most.flatten(2, 4) @ landmarks.float().transpose(-1, -2)
-        older = older.unflatten(2, query.shape[2:-1])
-        edge = max(0, int(candidates.min()) - k)
-        block = torch.arange(edge, landmarks.shape[2], device=query.device)
-        too_late = block >= (candidates.unsqueeze(-1) - k)  # (batch, groups, blocks)
-        older[..., edge:].masked_fill_(too_late[:, None, None, :, None], -torch.inf)
-        row = torch.arange(len(landmarks), device=query.device)[:, None, None]
-        key = landmarks[row, :, recent_block.clamp_min(0)].float()  # (batch, groups, k, kv_heads, head_dim)
-        recent = torch.einsum("bhagqkd,bgkhd->bhagqk", at_distance, key)
-    return older, recent.masked_fill((recent_block < 0)[:, None, None, :, None], -torch.inf)
 
+    older: Tensor
+    recent: Tensor
+    n: Tensor
+    tie: bool
 
-def _share(scores: Tensor, older: int, weight: Tensor, valid: Tensor, granularity: str) -> Tensor:
-    """Log of the softmax over candidates, maximum over those that share the choice. `weight`: candidates an older column stands for."""
-    norm = torch.logaddexp(
-        scores[..., :older].logsumexp(-1, keepdim=True) + weight.log(), scores[..., older:].logsumexp(-1, keepdim=True)
-    )
-    scores = scores.sub_(norm.masked_fill_(norm == -torch.inf, 0.0))
-    if granularity == "token":
-        return scores.amax(dim=(1, 2), keepdim=True)
-    if not valid.all():
-        scores.masked_fill_(~valid[:, None, None, ..., None], -torch.inf)
-    return scores.amax(dim=4, keepdim=True)
+    @classmethod
+    def of(cls, rotated: Tensor, landmarks: Tensor, candidates: Tensor, scale: float, tie: bool) -> _Scores:
+        """Older candidates are all scored at distance k + 1, the last k each at its own."""
+        k = rotated.shape[-2] - 1
+        recent_block = candidates.unsqueeze(-1) + torch.arange(-k, 0, device=rotated.device)  # (batch, groups, k)
+        n = candidates[:, None, None, :, None, None]
+        farthest, recent_query = rotated[..., -1, :] * scale, rotated[..., :-1, :].flip(-2) * scale
+        if tie:
+            landmark = landmarks[:, :, None, None, None, 0]
+            older = torch.linalg.vecdot(farthest, landmark).unsqueeze(-1).masked_fill(n <= k, -torch.inf)
+            recent = torch.linalg.vecdot(recent_query, landmark.unsqueeze(-2))
+        else:
+            older = (farthest.flatten(2, 4) @ landmarks.transpose(-1, -2)).unflatten(2, farthest.shape[2:-1])
+            edge = max(0, int(candidates.min()) - k)
+            block = torch.arange(edge, landmarks.shape[2], device=rotated.device)
+            older[..., edge:].masked_fill_(block >= n - k, -torch.inf)
+            row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
+            key = landmarks[row, :, recent_block.clamp_min(0)]  # (batch, groups, k, kv_heads, head_dim)
+            recent = torch.linalg.vecdot(recent_query, key.permute(0, 3, 1, 2, 4)[:, :, None, :, None])
+        return cls(older, recent.masked_fill((recent_block < 0)[:, None, None, :, None], -torch.inf), n, tie)
+
+    def shared(self, valid: Tensor, granularity: str) -> _Scores:
+        """Log of the softmax over the candidates, maximum over those that share a choice."""
+        k = self.recent.shape[-1]
+        older_norm = self.older.logsumexp(-1, keepdim=True)
+        if self.tie:  # one column stands for all n - k
+            older_norm = older_norm + (self.n - k).clamp_min(1).log()
+        norm = torch.logaddexp(older_norm, self.recent.logsumexp(-1, keepdim=True))
+        norm.masked_fill_(norm == -torch.inf, 0.0)
+        if granularity == "head":
+            norm.masked_fill_(~valid[:, None, None, ..., None], torch.inf)
+        dim = (4,) if granularity == "head" else (1, 2)
+        older, recent = ((x - norm).amax(dim, keepdim=True) for x in (self.older, self.recent))
+        return _Scores(older, recent, self.n, self.tie)
+
+    def best(self) -> Tensor:
+        """The k best blocks (..., queries, k), ascending, -1 first where there are fewer."""
+        k = self.recent.shape[-1]
+        back = torch.arange(-k, 0, device=self.recent.device)
+        if self.tie:
+            older_block = self.n - k + back
+            older = self.older.masked_fill(older_block < 0, -torch.inf).expand(*self.recent.shape)
+        else:
+            missing = max(0, k + 1 - self.older.shape[-1])
+            older, older_block = top_latest(torch.nn.functional.pad(self.older, (missing, 0), value=-torch.inf), k)
+            older_block, order = (older_block - missing).sort(-1)
+            older = older.gather(-1, order)
+        value, column = top_latest(torch.cat([older, self.recent], dim=-1), k)
+        block = torch.cat([older_block.expand_as(older), (self.n + back).expand_as(self.recent)], dim=-1)
+        return block.gather(-1, column).masked_fill(value == -torch.inf, -1).sort(-1).values
 
 
 def top_latest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -161,10 +171,3 @@ def top_latest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values[tied] = value[:, :k]
         indices[tied] = scores.shape[-1] - 1 - index[:, :k]
     return values, indices
-
-
-def _distance(block: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Slots of the chosen blocks, as distances: rank r of k' stands k' + 1 - r back, one less if among the last k'."""
-    rank = torch.arange(k, device=block.device)
-    recent = block >= (candidates - k)[:, None, None, :, None, None]
-    return k + 1 - rank - recent.long()

@@ -14,20 +14,27 @@ from torch import Tensor
 
 from landmark_llama.attention.blockwise import attend_retrieved, attend_window
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.retrieval import choose_blocks
+from landmark_llama.retrieval import choose_blocks, rotate_to_distances
 from landmark_llama.storage import BlockStorage
 
 
 class QueryGroups(NamedTuple):
     """How the queries of one call are grouped. All tensors of integers unless said otherwise.
 
+    A group is what may share a choice of blocks: the queries of one block, or fewer. A tile is some groups side by side
+    that share a window of keys, each of them seeing its own part of it.
+
     column: (batch, groups, queries): which column of the call each query is.
     valid: (batch, groups, queries), boolean: False where a group has fewer queries.
     slot: (batch, columns): where each column went, `group * queries + query`.
     first_block: (batch, groups): the first block that the group reads directly; the blocks before it are its candidates.
     position: (batch, groups, queries): positions from the start of that block to the query.
+    base: (batch, tiles): the block that the tile's window begins with; negative where the text has not as many.
+    window_position: (batch or 1, tiles or 1, queries of a tile): positions from the start of the window to the query.
+    window_first: (batch, tiles, queries of a tile): the first block of the window that the query sees.
+    last_block: (batch,): the last block that the row has begun.
     start: (batch,): landmarked position of each row's first column.
-    window: blocks of the window, the own block included.
+    window: blocks of a window.
     """
 
     column: Tensor
@@ -35,46 +42,75 @@ class QueryGroups(NamedTuple):
     slot: Tensor
     first_block: Tensor
     position: Tensor
+    base: Tensor
+    window_position: Tensor
+    window_first: Tensor
+    last_block: Tensor
     start: Tensor
     window: int
 
     @classmethod
     def of(
-        cls, start: Tensor, length: Tensor, *, num_direct_blocks: int, chunked: bool, share: bool, block_size: int
+        cls,
+        start: Tensor,
+        length: Tensor,
+        *,
+        num_direct_blocks: int,
+        tile_blocks: int,
+        chunked: bool,
+        share: bool,
+        block_size: int,
     ) -> QueryGroups:
         """Groups for rows that stand at landmarked positions `start` (batch,) and bring `length` (batch,) new ones.
 
+        tile_blocks: most groups of a tile; `tile_blocks + num_direct_blocks` blocks must fit the rotary table.
         chunked: all queries of the call are one group, which reads the blocks of the call directly.
         share: the queries of a block must stand in one group, however few they are.
         """
         columns = int(length.max())
         first = start // block_size
-        offset = (start % block_size).unsqueeze(1)
-        column = torch.arange(columns)
-        if chunked:
-            slots = column.view(1, 1, -1)
-            block = first.unsqueeze(1)
-        elif columns < block_size and not share:
-            slots = column.view(1, -1, 1)
-            block = (start.unsqueeze(1) + column) // block_size
-        else:
-            spanned = int(((start + length.clamp_min(1) - 1) // block_size - first).max()) + 1
-            group = torch.arange(spanned)
-            block = first.unsqueeze(1) + group
-            if columns < block_size:
-                slots = column.expand(1, spanned, -1)
-            else:
-                slots = (group.unsqueeze(1) * block_size + torch.arange(block_size)) - offset.unsqueeze(-1)
-        slots = slots.expand(len(start), -1, -1)
+        last = ((start + length - 1) // block_size).maximum(first)
+        block, slots, slot = _group(start, columns, last, chunked=chunked, share=share, block_size=block_size)
+        aligned = not chunked and columns >= block_size
+        if aligned:
+            missing = -block.shape[1] % tile_blocks
+            block, slots = (_repeat_last(x, missing) for x in (block, slots))
+        tiles = block.shape[1] // tile_blocks if aligned else block.shape[1]
+        groups = block.shape[1] // tiles
+
         position = start[:, None, None] + slots
         valid = (slots >= 0) & (slots < length[:, None, None])
-        first_block = block if chunked else (block - num_direct_blocks).clamp_min(0)
-        window = int((length + start % block_size - 1).max()) // block_size + 1 if chunked else num_direct_blocks + 1
-        if not chunked:
+        if chunked:
+            first_block = base = block
+            window = int((last - first).max()) + 1
+        else:
             valid &= position // block_size == block.unsqueeze(-1)
-        position = (position - first_block.unsqueeze(-1) * block_size).clamp(0, window * block_size - 1)
-        slot = _slots(column, offset, slots.shape, block_size, chunked or (columns < block_size and not share))
-        return cls(slots.clamp(0, columns - 1), valid, slot.expand(len(start), -1), first_block, position, start, window)
+            first_block = (block.minimum(last.unsqueeze(1)) - num_direct_blocks).clamp_min(0)
+            base = block[:, ::groups] - num_direct_blocks
+            window = num_direct_blocks + groups
+        own = position.clamp_min(0).minimum(((last + 1) * block_size - 1)[:, None, None])
+        relative = (own - first_block.unsqueeze(-1) * block_size).clamp_min(0)
+        seen = (first_block.unsqueeze(-1) - base.repeat_interleave(groups, 1).unsqueeze(-1)).expand_as(slots)
+        in_window = (position - base.repeat_interleave(groups, 1).unsqueeze(-1) * block_size).clamp(
+            0, window * block_size - 1
+        )
+        if aligned:
+            # block-aligned queries stand at the same places of every window
+            in_window = (num_direct_blocks * block_size + torch.arange(groups * block_size)).view(1, 1, -1)
+            seen = seen.maximum(torch.arange(groups).repeat(tiles)[:, None])
+        return cls(
+            column=slots.clamp(0, columns - 1),
+            valid=valid,
+            slot=slot,
+            first_block=first_block,
+            position=relative,
+            base=base,
+            window_position=in_window.reshape(in_window.shape[0], -1, groups * slots.shape[2]),
+            window_first=seen.reshape(len(start), tiles, -1),
+            last_block=last,
+            start=start,
+            window=window,
+        )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> QueryGroups:
         """The same groups on `device` (the signature that accelerate's device hooks call)."""
@@ -89,12 +125,38 @@ class QueryGroups(NamedTuple):
         return x.flatten(1, 2)[torch.arange(len(x), device=x.device)[:, None], self.slot]
 
 
-def _slots(column: Tensor, offset: Tensor, shape: torch.Size, block_size: int, plain: bool) -> Tensor:
-    if plain:
-        return column.unsqueeze(0)
-    if shape[2] == block_size:
-        return column + offset
-    return (column + offset) // block_size * shape[2] + column
+def _group(
+    start: Tensor, columns: int, last: Tensor, *, chunked: bool, share: bool, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block of each group (batch, groups), column of each query (batch, groups, queries), and `slot` of QueryGroups.
+
+    Columns may lie outside the call: such queries are padding.
+    """
+    first, offset = start // block_size, (start % block_size).unsqueeze(1)
+    column = torch.arange(columns)
+    if chunked:
+        block, slots, slot = first.unsqueeze(1), column.view(1, 1, -1), column.unsqueeze(0)
+    elif columns < block_size and not share:
+        block, slots, slot = (start.unsqueeze(1) + column) // block_size, column.view(1, -1, 1), column.unsqueeze(0)
+    else:
+        group = torch.arange(int((last - first).max()) + 1)
+        block = first.unsqueeze(1) + group
+        if columns < block_size:
+            slots = column.expand(1, len(group), -1)
+            slot = (column + offset) // block_size * columns + column
+        else:
+            slots = (group.unsqueeze(1) * block_size + torch.arange(block_size)) - offset.unsqueeze(-1)
+            slot = column + offset
+    batch = len(start)
+    slot = slot.clamp_max(slots.shape[1] * slots.shape[2] - 1)
+    return block, slots.expand(batch, -1, -1), slot.expand(batch, -1)
+
+
+def _repeat_last(x: Tensor, times: int) -> Tensor:
+    """`x` (batch, groups, ...) with groups of padding appended: further blocks, columns outside the call."""
+    further = torch.arange(1, times + 1).view(1, -1, *(1,) * (x.dim() - 2))
+    step = 1 if x.dim() == 2 else x.shape[2]
+    return torch.cat([x, x[:, -1:] + further * step], dim=1)
 
 
 def attend_through_table(
@@ -123,27 +185,22 @@ def attend_through_table(
     output, lse = _attend_direct(grouped, storage, groups, block_size, rotary, scale)
     candidates = int(groups.first_block.max())
     if num_retrieved_blocks and candidates:
+        rotated = rotate_to_distances(grouped, groups.position, num_retrieved_blocks, block_size, rotary)
         choice = choose_blocks(
-            grouped,
+            rotated,
             storage.landmarks(candidates),
             groups.first_block,
-            groups.position,
             groups.valid,
-            num_blocks=num_retrieved_blocks,
             granularity=granularity,
-            block_size=block_size,
-            rotary=rotary,
             scale=scale,
             landmarks_tie=landmarks_tie,
         )
         # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
         choices = choice.block.shape[4]
         shape = (choices, grouped.shape[4] // choices)
-        position = groups.position[:, None, None, ..., None] + choice.distance * block_size
-        rotated = rotary.rotate(grouped.unsqueeze(-2), position)  # (..., groups, queries, k, head_dim)
         key, value = storage.gather(choice.block.clamp_min(0))
         output = attend_retrieved(
-            rotated.unflatten(4, shape).transpose(-3, -2),
+            choice.at_their_distances(rotated).unflatten(4, shape).transpose(-3, -2),
             key,
             value,
             (choice.block >= 0).unsqueeze(-1),
@@ -156,12 +213,18 @@ def attend_through_table(
 def _attend_direct(
     query: Tensor, storage: BlockStorage, groups: QueryGroups, block_size: int, rotary: RotaryTable, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the groups' windows."""
+    """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the tiles' windows."""
+    tiles = groups.base.shape[1]
     slot = torch.arange(groups.window, device=query.device)
-    key, value = storage.gather((groups.first_block.unsqueeze(-1) + slot).unsqueeze(1))
-    key = rotary.rotate(key, (slot * block_size).unsqueeze(-1))
-    rotated = rotary.rotate(query, groups.position[:, None, None]).transpose(2, 3).flatten(3, 4)
-    position = groups.position.unsqueeze(1).repeat(1, 1, 1, query.shape[2])
-    output, lse = attend_window(rotated, key.flatten(-3, -2), value.flatten(-3, -2), position, block_size, scale)
-    heads = (query.shape[2], query.shape[4])
-    return output.unflatten(3, heads).transpose(2, 3), lse.unflatten(3, heads).transpose(2, 3)
+    block = (groups.base.unsqueeze(-1) + slot).clamp_min(0).minimum(groups.last_block[:, None, None])
+    key, value = storage.gather(block.unsqueeze(1))
+    key = rotary.rotate(key, (slot * block_size).unsqueeze(-1)).flatten(-3, -2)
+    position = groups.window_position.unflatten(1, (1, 1, -1))
+    tiled = query.flatten(3, 4).unflatten(3, (tiles, -1))  # (batch, kv_heads, group, tiles, queries of a tile, head_dim)
+    # the query heads of a KV head stand one after the other in a tile's queries
+    rotated = rotary.rotate(tiled, position).transpose(2, 3).flatten(3, 4)
+    position, first = (x.unsqueeze(1).repeat(1, 1, 1, query.shape[2]) for x in (groups.window_position, groups.window_first))
+    output, lse = attend_window(rotated, key, value.flatten(-3, -2), position, first, block_size, scale)
+    output = output.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
+    lse = lse.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
+    return output.reshape(query.shape), lse.reshape(query.shape[:-1])

@@ -27,24 +27,24 @@ def blockwise_landmark_attention(query: Tensor, key: Tensor, value: Tensor, bloc
 
 
 def attend_window(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, block_size: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, first: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Landmark attention of groups of queries over their windows of consecutive blocks.
 
     Args:
         query: (..., queries, head_dim), one group along each of the leading dimensions.
         key, value: (..., blocks * block_size, head_dim), the group's window.
-        position: (..., queries), integer: where in its window each query stands. It sees the ordinary tokens of its own
-            block up to there and the earlier blocks of the window through their landmarks, nothing later.
+        position: (..., queries), integer, or what broadcasts to it: where in its window each query stands. It sees the
+            ordinary tokens of its own block up to there and earlier blocks of the window through their landmarks.
+        first: (..., queries): the first block of the window that each query sees.
 
     Returns:
         The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group: what the
         window weighs when blocks from elsewhere are merged in. Both in the computing dtype.
     """
-    query, key, value = _upcast(query), _upcast(key), _upcast(value)
-    scores = query @ key.transpose(-1, -2)
-    scores = (scores * scale).unflatten(-1, (-1, block_size))
-    weights, _, lse = _normalise_(scores, position)
+    query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
+    scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
+    weights, _, lse = _normalise_(scores, position, first)
     return weights.flatten(-2) @ value, lse
 
 
@@ -62,15 +62,15 @@ def attend_retrieved(
     Returns:
         (..., queries, head_dim): attention over the window and the retrieved blocks together.
     """
-    query, key, value = _upcast(query), _upcast(key), _upcast(value)
+    query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
     window_output, window_lse = window
-    scores = (query @ key.transpose(-1, -2)) * scale  # (..., blocks, queries, block_size)
+    scores = query @ key.transpose(-1, -2)  # (..., blocks, queries, block_size)
     landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
     scores[..., -1] = -torch.inf
     lse = torch.logaddexp(window_lse, landmark.logsumexp(-2))
-    adjust = landmark - lse.unsqueeze(-2) - scores.logsumexp(-1)
-    weights = scores.add_(adjust.unsqueeze(-1)).exp_()
-    retrieved = weights.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
+    total, _ = _exponentials_(scores)
+    scores.mul_(((landmark - lse.unsqueeze(-2)).exp() / total).unsqueeze(-1))
+    retrieved = scores.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
     return window_output * (window_lse - lse).exp().unsqueeze(-1) + retrieved
 
 
@@ -167,27 +167,35 @@ class _Tiles:
         return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
 
 
-def _normalise_(scores: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Turns scores into weights, in place.
 
     Args:
         scores: (..., queries, blocks, block_size), scaled; overwritten.
         position: (..., queries): position of each query among the blocks' positions.
+        first: (..., queries): the first block that each query sees; by default block 0.
 
     Returns:
-        weights, of the shape of `scores`; what was added to the scores of a block before the exponential,
-        (..., queries, blocks); the logsumexp of the own group, (..., queries).
+        weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the weights,
+        (..., queries, blocks), -inf for blocks that are not seen; the logsumexp of the own group, (..., queries).
     """
-    block_size = scores.shape[-1]
-    own = (position // block_size).unsqueeze(-1)
-    landmark = _mask_(scores, position)
-    inside = scores.logsumexp(-1)
+    own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
-    share = torch.where(block == own, inside, landmark.masked_fill_(block > own, -torch.inf))
+    unseen = block > own if first is None else (block > own) | (block < first.unsqueeze(-1))
+    landmark = _mask_(scores, position)
+    total, inside = _exponentials_(scores)
+    share = torch.where(block == own, inside, landmark).masked_fill_(unseen, -torch.inf)
     lse = share.logsumexp(-1)
-    # a block that the query does not see may have no visible token either: -inf - (-inf)
-    adjust = (share - inside).masked_fill_(block > own, -torch.inf).sub_(lse.unsqueeze(-1))
-    return scores.add_(adjust.unsqueeze(-1)).exp_(), adjust, lse
+    share -= lse.unsqueeze(-1)
+    scores.mul_((share.exp() / total).unsqueeze(-1))
+    return scores, share - inside, lse
+
+
+def _exponentials_(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponentials of `scores` (..., block_size) over each block's own peak, in place; their sums, the logsumexps."""
+    peak = scores.amax(-1)
+    total = scores.sub_(peak.unsqueeze(-1)).exp_().sum(-1)
+    return total, total.log().add_(peak)
 
 
 def _mask_(scores: Tensor, position: Tensor) -> Tensor:

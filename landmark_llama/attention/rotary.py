@@ -21,16 +21,23 @@ class RotaryTable(NamedTuple):
     scaling: float = 1.0
 
     def rotate(self, x: Tensor, position: Tensor | slice) -> Tensor:
-        """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...)."""
-        return _rotate(x, self.cos[position], self.sin[position])
+        """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...).
+
+        Pairs dimension `i` with `i + head_dim / 2`, as LLaMA does. Computes at least in fp32, returns the dtype of `x`.
+        """
+        cos, sin = self.cos[position], self.sin[position]
+        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        if torch.is_grad_enabled() and x.requires_grad:
+            first, second = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
+            return torch.cat((first, second), dim=-1).to(x.dtype)
+        rotated = first.new_empty(*torch.broadcast_shapes(first.shape, cos.shape)[:-1], x.shape[-1])
+        half = first.shape[-1]
+        torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
+        return rotated.to(x.dtype)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
         """The same table on `device` (the signature that accelerate's device hooks call)."""
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
         return RotaryTable(cos, sin, self.scaling)
 
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs dimension `i` with `i + head_dim / 2`, as LLaMA does; computes in fp32, returns the dtype of `x`."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
