@@ -1,0 +1,34 @@
+"""What all tests share: one thread a process, fixed seeds, real files where they are, no memory zero by luck."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and workers run side by side
+
+LANDMARK_DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def landmark_data() -> Path:
+    """The folder of real files: the environment variable LANDMARK_DATA, by default `../shared/data`."""
+    if not LANDMARK_DATA.is_dir():
+        pytest.skip(f"no real files at {LANDMARK_DATA}: set LANDMARK_DATA")
+    return LANDMARK_DATA.resolve()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills what `torch.empty` and its relatives return with NaN, so that reading before writing shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

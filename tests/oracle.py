@@ -1,0 +1,176 @@
+"""A landmark LLaMA written a second time, slowly: one token, one head at a time, positions as in the paper.
+
+It shares no code with the library. Keys and queries stand at absolute positions in the window (the paper's stingy
+mapping) and are rotated anew for every query, blocks are chosen by sorting Python tuples, and attention is the two
+softmaxes of the definition. One row, no padding; default RoPE.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark_llama import LandmarkLlamaForCausalLM
+
+
+class Oracle:
+    """Reads one text in calls of any lengths, in `dtype`, from the weights of a landmark model."""
+
+    def __init__(self, model: LandmarkLlamaForCausalLM, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
+        self.config = c = model.config
+        self.weights = {name: weight.detach().to(dtype) for name, weight in model.state_dict().items()}
+        self.dtype = dtype
+        self.k = settings.get("num_retrieved_blocks", c.num_retrieved_blocks)
+        self.sliding = settings.get("local_attention", c.local_attention) == "sliding"
+        self.granularity = settings.get("retrieval_granularity", c.retrieval_granularity)
+        local = settings.get("num_local_blocks", c.num_local_blocks)
+        window = c.train_context_length // c.block_size
+        self.local = window - self.k - 2 if local is None else local
+        self.chunk = window - self.k - 1
+        half, theta = c.head_dim // 2, c.rope_parameters["rope_theta"]
+        frequency = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=dtype)
+        angle = torch.arange(c.train_context_length, dtype=dtype).unsqueeze(1) * frequency
+        self.cos, self.sin = angle.cos(), angle.sin()
+        self.tokens: list[int] = []  # landmarked
+        self.cache: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(c.num_hidden_layers)]
+        self.chosen: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(c.num_hidden_layers)]
+
+    def read(self, ids: list[int]) -> Tensor:
+        """Logits (length, vocabulary) of one call's ordinary tokens."""
+        c = self.config
+        call: list[int] = []
+        for token in ids:
+            call.append(token)
+            if (len(self.tokens) + len(call)) % c.block_size == c.block_size - 1:
+                call.append(c.landmark_token_id)
+        first = len(self.tokens)
+        self.tokens += call
+        edges = list(range(first // c.block_size * c.block_size, len(self.tokens), self.chunk * c.block_size))[1:]
+        edges = [first, *edges, len(self.tokens)]
+        # sliding attention takes no notice of chunks
+        parts = [(first, len(self.tokens))] if self.sliding else list(pairwise(edges))
+        states = torch.cat([self._layers(start, stop) for start, stop in parts])
+        logits = states @ self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"]).T
+        spoken = []
+        for place in range(first, len(self.tokens)):
+            if self._is_landmark(place):
+                if c.predict_from_landmark:
+                    spoken[-1] = place - first  # for the ordinary token before it
+            else:
+                spoken.append(place - first)
+        return logits[spoken]
+
+    def _is_landmark(self, place: int) -> bool:
+        return place % self.config.block_size == self.config.block_size - 1
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
+        return x * scale * self.weights[f"{name}.weight"]
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0)
+
+    def _layers(self, start: int, stop: int) -> Tensor:
+        c = self.config
+        states = self.weights["model.embed_tokens.weight"][torch.tensor(self.tokens[start:stop])]
+        for layer in range(c.num_hidden_layers):
+            name = f"model.layers.{layer}"
+            x = self._norm(states, f"{name}.input_layernorm")
+            query, key, value = (self._linear(x, f"{name}.self_attn.{p}_proj") for p in "qkv")
+            keys, values = self.cache[layer]
+            keys += key.view(stop - start, -1, c.head_dim).unbind(0)
+            values += value.view(stop - start, -1, c.head_dim).unbind(0)
+            if layer == 0:  # one token at every position: one key, to the last bit
+                landmarks = [place for place in range(len(keys)) if self._is_landmark(place)]
+                for place in landmarks:
+                    keys[place] = keys[landmarks[0]]
+            attended = self._attend(layer, query.view(stop - start, -1, c.head_dim), start)
+            states = states + self._linear(attended.flatten(1), f"{name}.self_attn.o_proj")
+            x = self._norm(states, f"{name}.post_attention_layernorm")
+            gate = torch.nn.functional.silu(self._linear(x, f"{name}.mlp.gate_proj"))
+            states = states + self._linear(gate * self._linear(x, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
+        return self._norm(states, "model.norm")
+
+    def _attend(self, layer: int, query: Tensor, start: int) -> Tensor:
+        c = self.config
+        heads = c.num_attention_heads
+        share = heads // c.num_key_value_heads
+        places = range(start, start + len(query))
+        block = {place: place // c.block_size for place in places}
+        direct = {p: max(0, block[p] - self.local) if self.sliding else start // c.block_size for p in places}
+        likings = {
+            (p, h): self._liking(layer, query[p - start, h], p, direct[p], h // share)
+            for p in places
+            for h in range(heads)
+        }
+        output = torch.zeros_like(query)
+        for p in places:
+            for h in range(heads):
+                if self.granularity == "token_and_head":
+                    sharing = [(p, h)]
+                elif self.granularity == "token":
+                    sharing = [(p, other) for other in range(heads)]
+                else:
+                    sharing = [(other, h) for other in places if block[other] == block[p] or not self.sliding]
+                wanted = [max(liking) for liking in zip(*(likings[who] for who in sharing), strict=True)]
+                # the highest first, of equals the later
+                ranking = sorted(range(direct[p]), key=lambda b: (wanted[b], b), reverse=True)
+                chosen = sorted(ranking[: self.k])
+                self.chosen[layer][p, h] = chosen
+                output[p - start, h] = self._weigh(layer, query[p - start, h], p, direct[p], h // share, chosen)
+        return output
+
+    def _liking(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int) -> list[float]:
+        """What each candidate block is worth to a query: its landmark's score, the log of a softmax if shared."""
+        c = self.config
+        recent = min(self.k, direct)
+        if not direct:
+            return []
+        slots = [max(0, candidate - (direct - recent) + 1) for candidate in range(direct)]
+        landmarks = [self.cache[layer][0][(candidate + 1) * c.block_size - 1][kv_head] for candidate in range(direct)]
+        places = [slot * c.block_size + c.block_size - 1 for slot in slots]
+        here = self._place(place, direct)
+        # one by one: a product over several keys may round equal ones differently
+        scores = torch.cat([self._score(query, here, [key], [at]) for key, at in zip(landmarks, places, strict=True)])
+        return (scores if self.granularity == "token_and_head" else scores.log_softmax(0)).tolist()
+
+    def _place(self, place: int, direct: int) -> int:
+        """Position in the window of a token in the direct blocks: after min(k, n) + 1 slots of prefix."""
+        return place - direct * self.config.block_size + (min(self.k, direct) + 1) * self.config.block_size
+
+    def _score(self, query: Tensor, query_position: int, keys: list[Tensor], key_positions: list[int]) -> Tensor:
+        rotated = self._rotate(torch.stack(keys), key_positions)
+        return rotated @ self._rotate(query, query_position) / math.sqrt(self.config.head_dim)
+
+    def _rotate(self, x: Tensor, position: int | list[int]) -> Tensor:
+        cos, sin = self.cos[position], self.sin[position]
+        real, imaginary = x.chunk(2, dim=-1)
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+
+    def _weigh(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int, chosen: list[int]) -> Tensor:
+        """The two softmaxes: the own group, and one in each other block."""
+        c = self.config
+        own_block, here = place // c.block_size, self._place(place, direct)
+        recent = min(self.k, direct)
+        slots = {b: rank + (1 if b >= direct - recent else 0) for rank, b in enumerate(chosen)}
+        slots |= {b: recent + 1 + b - direct for b in range(direct, own_block)}
+        keys, values = self.cache[layer]
+
+        def scores(members: list[int], slot: int) -> Tensor:
+            positions = [slot * c.block_size + at % c.block_size for at in members]
+            return self._score(query, here, [keys[at][kv_head] for at in members], positions)
+
+        def contents(members: list[int]) -> Tensor:
+            return torch.stack([values[at][kv_head] for at in members])
+
+        group, parts = [], []
+        for b, slot in slots.items():
+            ordinary, landmark = list(range(b * c.block_size, (b + 1) * c.block_size - 1)), (b + 1) * c.block_size - 1
+            group.append(scores([landmark], slot))
+            parts.append((scores(ordinary, slot).softmax(0) @ contents(ordinary)).unsqueeze(0))
+        own = [at for at in range(own_block * c.block_size, place + 1) if not self._is_landmark(at)]
+        group.append(scores(own, here // c.block_size))
+        parts.append(contents(own))
+        return torch.cat(group).softmax(0) @ torch.cat(parts)

@@ -1,0 +1,269 @@
+"""Landmark attention on tensors: the definition, and the fast forms against it."""
+
+import math
+
+import pytest
+import torch
+from tolerance import assert_as_accurate
+from torch import Tensor
+
+from landmark_llama import landmark_attention
+from landmark_llama.attention import landmark_attention_reference
+from landmark_llama.attention.reference import landmark_attention_weights
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# (heads, kv_heads, query_length, key_length, block_size, head_dim)
+SHAPES = {
+    "two_tokens": (2, 2, 2, 2, 4, 8),
+    "one_landmark_a_token": (2, 1, 9, 9, 2, 4),
+    "less_than_a_block": (4, 2, 5, 5, 16, 8),
+    "whole_blocks": (4, 4, 96, 96, 16, 16),
+    "the_papers_block": (4, 1, 153, 153, 51, 16),
+    "ragged_end": (6, 2, 203, 203, 16, 8),
+    "odd_block": (2, 2, 130, 130, 7, 8),
+    "block_longer_than_a_tile": (2, 1, 201, 201, 100, 8),
+    "fewer_queries_inside_a_block": (4, 2, 7, 77, 16, 8),
+    "fewer_queries_over_blocks": (4, 2, 70, 150, 16, 8),
+    "one_query": (4, 2, 1, 47, 16, 8),
+    "one_landmark_query": (4, 2, 1, 48, 16, 8),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def random_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float64, batch: int = 2, gain: float = 2.0
+) -> tuple[Tensor, ...]:
+    """Query, key and value; scores are spread by `gain ** 2`: attention that hardly chooses would hide mistakes."""
+    heads, kv_heads, query_length, key_length, _, head_dim = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    shapes = ((heads, query_length), (kv_heads, key_length), (kv_heads, key_length))
+    return tuple(
+        (g * torch.randn(batch, *s, head_dim, generator=generator, dtype=torch.float64)).to(dtype)
+        for s, g in zip(shapes, (gain, gain, 1.0), strict=True)
+    )
+
+
+def weights_by_definition(query: Tensor, key: Tensor, block_size: int) -> list[list[float]]:
+    """The definition for one head, in loops: (query_length, head_dim), (key_length, head_dim)."""
+    scale = query.shape[1] ** -0.5
+    table = []
+    for row, q in enumerate(query):
+        i = len(key) - len(query) + row
+        score = [scale * sum(a * b for a, b in zip(q.tolist(), k.tolist(), strict=True)) for k in key]
+        own = i // block_size
+        begin = own * block_size
+        landmarks = [c * block_size + block_size - 1 for c in range(own)]
+        group = [j for j in range(begin, i + 1) if j % block_size != block_size - 1] + landmarks
+        total = sum(math.exp(score[j]) for j in group)
+        share = {j: math.exp(score[j]) / total for j in group}
+        weights = [0.0] * len(key)
+        for j in group:
+            if j in landmarks:
+                inside = range(j - block_size + 1, j)
+                inside_total = sum(math.exp(score[m]) for m in inside)
+                for m in inside:
+                    weights[m] = share[j] * math.exp(score[m]) / inside_total
+            else:
+                weights[j] = share[j]
+        table.append(weights)
+    return table
+
+
+def test_a_hand_worked_example() -> None:
+    # blocks of two tokens and a landmark; with q = 1 and scale = 1 the scores are the keys
+    key = torch.tensor([1.0, 3.0, 2.0, 2.0, 6.0, 4.0, 2.0], dtype=torch.float64).log()
+    value = torch.tensor([8.0, 16.0, 1000.0, 32.0, 64.0, 1000.0, 80.0], dtype=torch.float64)
+    query = torch.ones(1, 1, 7, 1, dtype=torch.float64)
+    key, value = key.view(1, 1, 7, 1), value.view(1, 1, 7, 1)
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0],  # the first token sees itself
+        [1 / 4, 3 / 4, 0, 0, 0, 0, 0],  # 1 : 3
+        [1 / 4, 3 / 4, 0, 0, 0, 0, 0],  # a landmark reads its block, without itself
+        [1 / 8, 3 / 8, 0, 1 / 2, 0, 0, 0],  # own 2 : landmark 2; inside the earlier block 1 : 3
+        [1 / 20, 3 / 20, 0, 2 / 10, 6 / 10, 0, 0],  # own 2 + 6 : landmark 2
+        [1 / 20, 3 / 20, 0, 2 / 10, 6 / 10, 0, 0],  # the same for the landmark of that block
+        [1 / 16, 3 / 16, 0, 1 / 8, 3 / 8, 0, 1 / 4],  # own 2 : landmarks 2 and 4; inside 1 : 3 and 2 : 6
+    ]
+    expected = torch.tensor(expected, dtype=torch.float64).view(1, 1, 7, 7)
+    weights = landmark_attention_weights(query, key, block_size=3, scale=1.0)
+    torch.testing.assert_close(weights, expected)
+    for attention in (landmark_attention_reference, landmark_attention):
+        output = attention(query, key, value, block_size=3, scale=1.0)
+        torch.testing.assert_close(output.flatten(), torch.tensor([8, 14, 14, 23, 47.6, 47.6, 51.5]).double())
+
+
+@every_shape
+def test_weights_of_a_row_sum_to_one_and_landmarks_weigh_nothing(shape: tuple[int, ...]) -> None:
+    query, key, _ = random_inputs(shape)
+    weights = landmark_attention_weights(query, key, block_size=shape[4])
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert (weights >= 0).all()
+    assert (weights[..., shape[4] - 1 :: shape[4]] == 0).all()
+
+
+@every_shape
+def test_the_reference_is_the_definition_in_float64_loops(shape: tuple[int, ...]) -> None:
+    heads, kv_heads, _, _, block_size, _ = shape
+    query, key, _ = random_inputs(shape, batch=1)
+    weights = landmark_attention_weights(query, key, block_size=block_size)
+    for head in {0, heads - 1}:
+        loops = weights_by_definition(query[0, head], key[0, head // (heads // kv_heads)], block_size)
+        torch.testing.assert_close(weights[0, head], torch.tensor(loops, dtype=torch.float64))
+
+
+def forward_and_gradients(attention, inputs: tuple[Tensor, ...], grad: Tensor, block_size: int) -> list[Tensor]:
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    output = attention(*inputs, block_size=block_size)
+    output.backward(grad.to(output.dtype))
+    return [output.detach(), *(x.grad for x in inputs)]
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_fast_form_is_as_accurate_as_the_definition_forward_and_backward(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    # weights are made in the log domain, from scores and their logsumexp: where nothing else is lost, in fp32, that
+    # costs more than the factor of two once scores are large
+    inputs = random_inputs(shape, dtype, gain=1.0 if dtype == torch.float32 else 2.0)
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64).to(dtype)
+    actual = forward_and_gradients(landmark_attention, inputs, grad, shape[4])
+    plain = forward_and_gradients(landmark_attention_reference, inputs, grad, shape[4])
+    in_float64 = tuple(x.double() for x in inputs)
+    reference = forward_and_gradients(landmark_attention_reference, in_float64, grad.double(), shape[4])
+    for a, p, r in zip(actual, plain, reference, strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(a, p, r)
+
+
+@every_shape
+def test_the_fast_form_is_the_definition_forward_and_backward(shape: tuple[int, ...]) -> None:
+    inputs = random_inputs(shape)
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64)
+    actual = forward_and_gradients(landmark_attention, inputs, grad, shape[4])
+    expected = forward_and_gradients(landmark_attention_reference, inputs, grad, shape[4])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_one_token_reads_itself() -> None:
+    query, key, value = random_inputs((4, 2, 1, 1, 4, 8), torch.float32)
+    grad = torch.randn(query.shape)
+    output, grad_query, grad_key, grad_value = forward_and_gradients(landmark_attention, (query, key, value), grad, 4)
+    torch.testing.assert_close(output, value.repeat_interleave(2, dim=1), rtol=0, atol=0)
+    torch.testing.assert_close(grad_value, grad.unflatten(1, (2, 2)).sum(2))
+    for gradient in (grad_query, grad_key):  # two equal terms cancel, each of them rounded
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+def test_the_backward_is_the_derivative_of_the_forward() -> None:
+    inputs = tuple(x.requires_grad_() for x in random_inputs((4, 2, 9, 13, 4, 3), batch=1))
+    assert torch.autograd.gradcheck(lambda q, k, v: landmark_attention(q, k, v, block_size=4), inputs)
+
+
+def test_only_inputs_that_need_a_gradient_get_one() -> None:
+    query, key, value = random_inputs((4, 2, 9, 13, 4, 8))
+    key.requires_grad_()
+    landmark_attention(query, key, value, block_size=4).sum().backward()
+    assert key.grad is not None and query.grad is None and value.grad is None
+
+
+@every_shape
+def test_changing_a_later_key_or_value_changes_no_earlier_output(shape: tuple[int, ...]) -> None:
+    query, key, value = random_inputs(shape)
+    before = landmark_attention(query, key, value, block_size=shape[4])
+    for changed in range(shape[3] // 3, shape[3], max(1, shape[3] // 5)):
+        other_key, other_value = key.clone(), value.clone()
+        other_key[:, :, changed:] += 3
+        other_value[:, :, changed:] -= 5
+        after = landmark_attention(query, other_key, other_value, block_size=shape[4])
+        seen = max(0, changed - (shape[3] - shape[2]))
+        torch.testing.assert_close(after[:, :, :seen], before[:, :, :seen], rtol=0, atol=0)
+
+
+def test_landmarks_carry_no_value() -> None:
+    query, key, value = random_inputs((4, 2, 50, 50, 8, 8))
+    value.requires_grad_()
+    output = landmark_attention(query, key, value, block_size=8)
+    output.square().sum().backward()
+    assert (value.grad[:, :, 7::8] == 0).all()
+    other = value.detach().clone()
+    other[:, :, 7::8] = 1e30
+    torch.testing.assert_close(landmark_attention(query, key, other, block_size=8), output.detach(), rtol=0, atol=0)
+
+
+def test_no_query_sees_its_own_blocks_landmark_and_every_later_one_does() -> None:
+    query, key, value = random_inputs((2, 2, 24, 24, 8, 8), batch=1)
+    before = landmark_attention(query, key, value, block_size=8)
+    key[:, :, 7] += 1  # the landmark of block 0
+    changed = (landmark_attention(query, key, value, block_size=8) != before).any(-1).all(dim=1)[0]
+    assert changed.tolist() == [False] * 8 + [True] * 16
+
+
+@every_shape
+def test_grouped_query_equals_multi_head_with_copied_kv_heads(shape: tuple[int, ...]) -> None:
+    heads, kv_heads = shape[:2]
+    query, key, value = random_inputs(shape)
+    copied = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    expected = landmark_attention(query, *copied, block_size=shape[4])
+    torch.testing.assert_close(landmark_attention(query, key, value, block_size=shape[4]), expected)
+
+
+def test_the_last_queries_alone_get_what_they_get_among_all() -> None:
+    query, key, value = random_inputs((4, 2, 90, 90, 8, 8))
+    expected = landmark_attention(query, key, value, block_size=8)
+    for last in (1, 2, 7, 8, 9, 65, 89):
+        output = landmark_attention(query[:, :, -last:], key, value, block_size=8)
+        torch.testing.assert_close(output, expected[:, :, -last:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [0.0, 1.0, 60.0, 3000.0])
+def test_outputs_and_gradients_are_finite_however_large_the_scores(dtype: torch.dtype, size: float) -> None:
+    inputs = tuple(x.to(dtype) for x in random_inputs((2, 1, 37, 37, 8, 8)))
+    inputs = (inputs[0] * size, inputs[1] * size, inputs[2])
+    for result in forward_and_gradients(landmark_attention, inputs, torch.ones_like(inputs[0]), 8):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17])
+def test_the_first_rows_and_the_landmark_rows_are_finite(length: int) -> None:
+    query, key, value = random_inputs((2, 2, length, length, 8, 8), torch.float16)
+    for attention in (landmark_attention, landmark_attention_reference):
+        for result in forward_and_gradients(attention, (query, key, value), torch.ones_like(query), 8):
+            assert result.isfinite().all()
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    query, key, value = random_inputs((4, 2, 40, 40, 8, 8))
+    strided = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+    expected = landmark_attention(query, key, value, block_size=8)
+    torch.testing.assert_close(landmark_attention(*strided, block_size=8), expected)
+
+
+def test_the_scale_is_the_inverse_root_of_head_dim_unless_given() -> None:
+    query, key, value = random_inputs((2, 2, 20, 20, 4, 16))
+    default = landmark_attention(query, key, value, block_size=4)
+    torch.testing.assert_close(landmark_attention(query, key, value, block_size=4, scale=0.25), default)
+    torch.testing.assert_close(landmark_attention(query / 2, key, value, block_size=4, scale=0.5), default)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda q, k, v: (q, k, v, 1), "block_size=1"),
+        (lambda q, k, v: (q[0], k, v, 4), "query"),
+        (lambda q, k, v: (q, k, v.long(), 4), "value"),
+        (lambda q, k, v: (q, k.half(), v.half(), 4), "key is torch.float16"),
+        (lambda q, k, v: (q, k, v[:, :, :-1], 4), "value"),
+        (lambda q, k, v: (q, k[..., :-1], v[..., :-1], 4), "head_dim"),
+        (lambda q, k, v: (q[:1], k, v, 4), "batch"),
+        (lambda q, k, v: (q[:, :3], k, v, 4), "3 heads"),
+        (lambda q, k, v: (q, k[:, :, :-1], v[:, :, :-1], 4), "query has 8 positions"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_name(change, named: str) -> None:
+    query, key, value, block_size = change(*random_inputs((4, 2, 8, 8, 4, 8)))
+    with pytest.raises(ValueError, match=named):
+        landmark_attention(query, key, value, block_size=block_size)
