@@ -21,11 +21,14 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 
 .PHONY: demo test lint base clean
 
-demo: $(READY)
-	test -f $(DEMO)/metrics.json || $(LAUNCH) finetune/run.py --config finetune/configs/tiny.yaml --output_dir $(DEMO)
+demo: $(DEMO)/metrics.json
 	$(BIN)/python eval_passkey/run.py --model $(DEMO) --baseline finetune/tiny_base \
 		--lengths $(LENGTHS) --samples 20 --output $(DEMO_REPORT)
-	@echo "checkpoint: $(DEMO)"
+	@echo $(DEMO)
+
+# written last: what was interrupted before goes on where it stopped
+$(DEMO)/metrics.json: | $(READY)
+	$(LAUNCH) finetune/run.py --config finetune/configs/tiny.yaml --output_dir $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -41,6 +44,7 @@ clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO_REPORT)
 
 $(READY): constraints.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
