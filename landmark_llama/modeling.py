@@ -446,7 +446,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         )
         states, loss = outputs.last_hidden_state, None
         if labels is not None:
-            labels = self._plain_labels(labels, input_ids, attention_mask, states.shape[1])
+            labels = self._plain_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             loss = self._loss(states, labels, num_items_in_batch)
             states = _keep_columns(states, logits_to_keep)
         return CausalLMOutputWithPast(
@@ -456,19 +456,20 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             hidden_states=outputs.hidden_states,
         )
 
-    def _plain_labels(
-        self, labels: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, columns: int
-    ) -> Tensor:
-        """Labels (batch, columns) of the result's columns, landmarks ignored."""
-        landmark = self.config.landmark_token_id
-        if input_ids is not None and columns != input_ids.shape[1]:
-            given = input_ids == landmark
-            if attention_mask is not None:
-                given &= attention_mask[:, -given.shape[1] :].to(given)
-            labels = compact(labels, ~given.to(labels.device), fill=-100)
-        if labels.shape[1] != columns:
-            raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit the input's {columns} columns")
-        return labels.masked_fill(labels == landmark, -100)
+    def _plain_labels(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Labels (batch, columns) of the result's columns; ignored are landmarks, and what follows on padding."""
+        if labels.shape != content.shape[:2]:
+            raise ValueError(f"labels: shape {tuple(labels.shape)} differs from the input's {tuple(content.shape[:2])}")
+        real = torch.ones_like(labels, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask[:, -labels.shape[1] :].to(real)
+        labels = labels.masked_fill(labels == self.config.landmark_token_id, -100)
+        if not content.is_floating_point():
+            given = (content.to(labels.device) == self.config.landmark_token_id) & real
+            if given.any():
+                labels, real = compact(labels, ~given, fill=-100), compact(real, ~given)
+        # a row's first token is predicted from nothing, whether or not padding stands before it
+        return labels.masked_fill(torch.nn.functional.pad(~real[:, :-1], (1, 0)), -100)
 
     def _loss(self, states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Mean cross-entropy of the next tokens; never holds the logits of more than one training context a row."""

@@ -40,22 +40,22 @@ class Choice(NamedTuple):
 
     def at_their_distances(self, rotated: Tensor) -> Tensor:
         """Queries (..., queries, k, head_dim), each rotated to its chosen blocks, from `rotate_to_distances`."""
-        back = rotated.flip(-2)  # from distance k + 1 down to 1: rank r takes entry r, or the next if recent
-        return torch.where(self.recent.unsqueeze(-1), back[..., 1:, :], back[..., :-1, :])
+        # rank r takes distance k + 1 - r, which is entry r, or the next if recent
+        return torch.where(self.recent.unsqueeze(-1), rotated[..., 1:, :], rotated[..., :-1, :])
 
 
 def rotate_to_distances(query: Tensor, position: Tensor, k: int, block_size: int, rotary: RotaryTable) -> Tensor:
-    """Queries rotated to blocks 1 .. k + 1 before their first direct block.
+    """Queries rotated to blocks k + 1 .. 1 before their first direct block.
 
     Args:
         query: (batch, kv_heads, group, groups, queries, head_dim), not rotated.
         position: (batch, groups, queries): positions from the group's first direct block to the query.
 
     Returns:
-        (batch, kv_heads, group, groups, queries, k + 1, head_dim).
+        (batch, kv_heads, group, groups, queries, k + 1, head_dim), the farthest first.
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    distance = torch.arange(1, k + 2, device=query.device)
+    distance = torch.arange(k + 1, 0, -1, device=query.device)
     # rotating twice spares one row of the table a query and distance
     return rotary.rotate(rotary.rotate(query, position[:, None, None]).unsqueeze(-2), distance * block_size)
 
@@ -67,13 +67,12 @@ def choose_blocks(
     valid: Tensor,
     *,
     granularity: str,
-    scale: float,
     landmarks_tie: bool,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
     Args:
-        rotated: (batch, kv_heads, group, groups, queries, k + 1, head_dim), from `rotate_to_distances`.
+        rotated: (batch, kv_heads, group, groups, queries, k + 1, head_dim), from `rotate_to_distances`, scaled.
         landmarks: (batch, kv_heads, blocks, head_dim), rotated by their offset in the block; all candidates, at least one.
         candidates: (batch, groups): number of candidates n of each group.
         valid: (batch, groups, queries): False for padding, which has no say in a shared choice.
@@ -87,7 +86,7 @@ def choose_blocks(
     parts = []
     for first in range(0, rotated.shape[3], step):
         part = slice(first, first + step)
-        scores = _Scores.of(rotated[:, :, :, part], landmarks, candidates[:, part], scale, landmarks_tie)
+        scores = _Scores.of(rotated[:, :, :, part], landmarks, candidates[:, part], landmarks_tie)
         if granularity != "token_and_head":
             scores = scores.shared(valid[:, part], granularity)
         parts.append(scores.best())
@@ -109,12 +108,12 @@ class _Scores(NamedTuple):
     tie: bool
 
     @classmethod
-    def of(cls, rotated: Tensor, landmarks: Tensor, candidates: Tensor, scale: float, tie: bool) -> _Scores:
+    def of(cls, rotated: Tensor, landmarks: Tensor, candidates: Tensor, tie: bool) -> _Scores:
         """Older candidates are all scored at distance k + 1, the last k each at its own."""
         k = rotated.shape[-2] - 1
         recent_block = candidates.unsqueeze(-1) + torch.arange(-k, 0, device=rotated.device)  # (batch, groups, k)
         n = candidates[:, None, None, :, None, None]
-        farthest, recent_query = rotated[..., -1, :] * scale, rotated[..., :-1, :].flip(-2) * scale
+        farthest, recent_query = rotated[..., 0, :], rotated[..., 1:, :]
         if tie:
             landmark = landmarks[:, :, None, None, None, 0]
             older = torch.linalg.vecdot(farthest, landmark).unsqueeze(-1).masked_fill(n <= k, -torch.inf)

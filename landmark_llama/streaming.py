@@ -185,14 +185,13 @@ def attend_through_table(
     output, lse = _attend_direct(grouped, storage, groups, block_size, rotary, scale)
     candidates = int(groups.first_block.max())
     if num_retrieved_blocks and candidates:
-        rotated = rotate_to_distances(grouped, groups.position, num_retrieved_blocks, block_size, rotary)
+        rotated = rotate_to_distances(grouped * scale, groups.position, num_retrieved_blocks, block_size, rotary)
         choice = choose_blocks(
             rotated,
             storage.landmarks(candidates),
             groups.first_block,
             groups.valid,
             granularity=granularity,
-            scale=scale,
             landmarks_tie=landmarks_tie,
         )
         # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
@@ -205,7 +204,6 @@ def attend_through_table(
             value,
             (choice.block >= 0).unsqueeze(-1),
             (output.unflatten(4, shape), lse.unflatten(4, shape)),
-            scale,
         ).flatten(4, 5)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
 

@@ -49,12 +49,12 @@ def attend_window(
 
 
 def attend_retrieved(
-    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor], scale: float
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Adds retrieved blocks to the attention over a window.
 
     Args:
-        query: (..., blocks, queries, head_dim): the queries, rotated to their distance to each retrieved block.
+        query: (..., blocks, queries, head_dim): the queries, scaled, rotated to their distance to each retrieved block.
         key, value: (..., blocks, block_size, head_dim): the retrieved blocks.
         chosen: (..., blocks, 1), boolean: False where a query has fewer blocks to retrieve than there is room for.
         window: what `attend_window` gave for the same queries: (..., queries, head_dim) and (..., queries).
@@ -62,7 +62,7 @@ def attend_retrieved(
     Returns:
         (..., queries, head_dim): attention over the window and the retrieved blocks together.
     """
-    query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
+    query, key, value = _upcast(query), _upcast(key), _upcast(value)
     window_output, window_lse = window
     scores = query @ key.transpose(-1, -2)  # (..., blocks, queries, block_size)
     landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
