@@ -469,7 +469,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             if given.any():
                 labels, real = compact(labels, ~given, fill=-100), compact(real, ~given)
         # a row's first token is predicted from nothing, whether or not padding stands before it
-        return labels.masked_fill(torch.nn.functional.pad(~real[:, :-1], (1, 0)), -100)
+        return labels.masked_fill(nn.functional.pad(~real[:, :-1], (1, 0)), -100)
 
     def _loss(self, states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Mean cross-entropy of the next tokens; never holds the logits of more than one training context a row."""
