@@ -18,7 +18,8 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, Trainer, default_data_collator, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
 from finetune.arguments import DataArguments, ModelArguments, RunArguments, UserError, parse_arguments
@@ -67,7 +68,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, run_args: Run
         print(f"{rows.describe()}; {model.num_parameters():,} parameters")
         if resume_from:
             print(f"going on from {resume_from}")
-    trainer.train(resume_from_checkpoint=resume_from)
+    if not _had_finished_training(trainer, resume_from):
+        trainer.train(resume_from_checkpoint=resume_from)
     evaluation = trainer.evaluate()
     save_finished_model(trainer, Path(run_args.output_dir))
     metrics = _metrics(trainer, evaluation["eval_loss"], rows, model)
@@ -92,6 +94,21 @@ def _make_trainer(model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunAr
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(ProgressLines())
     return trainer
+
+
+def _had_finished_training(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether `checkpoint` is the one after the last step, in which case it is loaded: the Trainer would add a step."""
+    if checkpoint is None:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if trainer.args.max_steps > 0:
+        finished = state.global_step >= trainer.args.max_steps
+    else:
+        finished = state.global_step >= state.max_steps and state.num_train_epochs >= trainer.args.num_train_epochs
+    if finished:
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state.global_step, trainer.state.log_history = state.global_step, state.log_history
+    return finished
 
 
 def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:

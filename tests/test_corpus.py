@@ -109,7 +109,16 @@ def test_a_corpus_file_appears_under_its_name_only_when_complete(tmp_path: Path,
 def test_the_fast_tokenizer_gives_the_ids_of_sentencepiece_on_real_text(processor) -> None:
     tokenizer = to_fast_tokenizer(processor, model_max_length=512)
     texts = [document["text"] for document in prose_documents()[:300]]
-    texts += ["", " ", "  two  spaces ", "tab\tand\r\nreturn", "Ünïcödé 漢字 \U0001f600", "12345678", "\x00\ufeff\u2028", "▁"]
+    texts += [
+        "",
+        " ",
+        "  two  spaces ",
+        "tab\tand\r\nreturn",
+        "Ünïcödé 漢字 \U0001f600",
+        "12345678",
+        "\x00\ufeff\u2028",
+        "▁",
+    ]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert ids == [processor.bos_id(), *processor.encode(text)]

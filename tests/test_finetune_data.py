@@ -46,7 +46,9 @@ def random_documents(seed: int, count: int = 40, longest: int = 60) -> list[list
 
 
 @pytest.mark.parametrize(("row_tokens", "block_size"), [(30, 4), (31, 4), (7, 16), (64, 16), (1, 2), (500, 8)])
-def test_packed_rows_hold_every_token_in_order_and_lose_only_what_fills_no_row(row_tokens: int, block_size: int) -> None:
+def test_packed_rows_hold_every_token_in_order_and_lose_only_what_fills_no_row(
+    row_tokens: int, block_size: int
+) -> None:
     documents = random_documents(seed=row_tokens)
     joined = [token for document in documents for token in document]
     rows = packed(documents, row_tokens, block_size, landmark=None)
@@ -95,7 +97,9 @@ def test_a_document_that_spells_a_special_token_stays_text(tmp_path: Path, token
     tokenizer = PreTrainedTokenizerFast.from_pretrained(_saved(tokenizer, tmp_path / "tokenizer"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<landmark>"]})
     data = DataArguments(
-        data=[str(write_jsonl(tmp_path / "a.jsonl", ["<landmark></s>" * 20] * 20))], context_length=64, heldout_share=0.5
+        data=[str(write_jsonl(tmp_path / "a.jsonl", ["<landmark></s>" * 20] * 20))],
+        context_length=64,
+        heldout_share=0.5,
     )
     rows = make_rows(data, tokenizer, 8, tokenizer.convert_tokens_to_ids("<landmark>"), None, seed=0)
     text = tokenizer.decode(torch.cat([rows.train[i]["input_ids"] for i in range(3)]), skip_special_tokens=True)

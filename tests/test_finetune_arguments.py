@@ -1,0 +1,89 @@
+"""The YAML file, the flags that override it, and what is refused before anything is read."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.arguments import UserError, parse_arguments
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "finetune" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model_name_or_path: some/model\n"
+        "data: [a.jsonl, b.jsonl]\n"
+        "output_dir: out   # a comment\n"
+        "learning_rate: 1.0e-3\n"
+        "skip_bad_rows: true\n"
+        "num_local_blocks: null\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 0.2}\n"
+    )
+    return path
+
+
+def test_the_file_is_read_and_flags_override_it(config: Path) -> None:
+    model, data, run = parse_arguments(["--learning_rate", "5e-4", "--config", str(config), "--data", "c.jsonl"])
+    assert model.model_name_or_path == "some/model" and model.num_local_blocks is None
+    assert data.data == ["c.jsonl"] and data.skip_bad_rows is True
+    assert run.learning_rate == 5e-4 and run.output_dir == "out" and run.lr_scheduler_kwargs == {"min_lr_rate": 0.2}
+    assert parse_arguments(["--config", str(config), "--skip_bad_rows", "false"])[1].skip_bad_rows is False
+    assert parse_arguments(["--config", str(config)])[1].data == ["a.jsonl", "b.jsonl"]
+
+
+def test_the_default_schedule_is_a_cosine_with_a_floor(config: Path) -> None:
+    config.write_text("model_name_or_path: m\ndata: [a.jsonl]\noutput_dir: out\n")
+    run = parse_arguments(["--config", str(config)])[2]
+    assert run.lr_scheduler_type == "cosine_with_min_lr" and run.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("xyzzy: 1\n", "unknown key 'xyzzy'"),
+        ("- a\n- b\n", "expected `key: value` lines, found list"),
+        ("data: [a\n", "is not valid YAML"),
+        ("learning_rate: fast\n", "learning_rate"),
+        ("attention: sparse\n", "attention"),
+    ],
+)
+def test_a_key_or_value_that_cannot_be_is_named(text: str, message: str, config: Path) -> None:
+    config.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_arguments(["--config", str(config)])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean learning_rate?"),
+        (["--model_name_or_path"], "expected one argument"),
+        (["--config_name", "c.json"], "give one of --model_name_or_path"),
+        (["--block_size", "1"], "--block_size 1: a block needs at least one token"),
+        (["--block_size", "32", "--context_length", "40"], "--context_length 40: a row must hold two blocks"),
+        (["--heldout_share", "1.5"], "--heldout_share 1.5: must lie between 0 and 1"),
+        (["--tokenizer_name", "embedded"], "--tokenizer_name embedded needs --data embedded"),
+        (["--warmup_steps", "-1"], "warmup_steps"),
+    ],
+)
+def test_flags_that_cannot_be_are_one_sentence(flags: list[str], message: str, config: Path) -> None:
+    with pytest.raises(UserError) as error:
+        parse_arguments(["--config", str(config), *flags])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_files_and_fields_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--config .*missing.yaml: No such file"):
+        parse_arguments(["--config", str(tmp_path / "missing.yaml")])
+    with pytest.raises(UserError, match="--data is missing"):
+        parse_arguments(["--model_name_or_path", "m", "--output_dir", "out"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_of_the_project_is_valid(path: Path) -> None:
+    model, data, run = parse_arguments(["--config", str(path), "--data", "embedded", "--bf16", "false"])
+    assert run.output_dir and data.context_length >= 2 * (model.block_size or 64)
