@@ -17,7 +17,7 @@ DEFAULT_BLOCK_SIZE = 64
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; its message is one sentence that says what to do. `run.py` prints no traceback."""
+    """A mistake in what the user gave; the message says in one sentence what to do. `run.py` prints no traceback."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ HELDOUT_SHARE = 0.02
 
 
 def standard_library_texts() -> Iterator[tuple[str, str]]:
-    """Yields `(name, text)` of the language's help topics and of each standard-library source file, in a fixed order."""
+    """Yields `(name, text)` of Python's help topics and of each standard-library source file, in a fixed order."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some minimal distributions leave it out; the sources alone will do
@@ -137,7 +137,7 @@ def write_corpus(
     copy_share: float = 0.1,
     seed: int = 0,
 ) -> tuple[Path, Path]:
-    """Writes `train.jsonl` and `heldout.jsonl` to `folder`; returns their paths. The other settings are those of `make_corpus`.
+    """Writes `train.jsonl` and `heldout.jsonl` to `folder`; returns their paths. Settings as in `make_corpus`.
 
     A file appears under its name only when it is complete, so an interruption leaves no half corpus.
     """

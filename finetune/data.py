@@ -85,8 +85,8 @@ class Rows:
     def describe(self) -> str:
         skipped = f", {self.bad_rows} bad rows skipped" if self.bad_rows else ""
         return (
-            f"{len(self.train)} training and {len(self.heldout)} held-out rows of {self.train.row_tokens} ordinary tokens "
-            f"({self.train.context_length} positions){skipped}"
+            f"{len(self.train)} training and {len(self.heldout)} held-out rows of {self.train.row_tokens} ordinary "
+            f"tokens ({self.train.context_length} positions){skipped}"
         )
 
 
@@ -142,8 +142,8 @@ def make_rows(
     if data.context_length % block_size == block_size - 1:
         # The last token of a block always brings its landmark along.
         raise UserError(
-            f"--context_length {data.context_length}: no text takes that many positions in blocks of {block_size}; give "
-            f"{data.context_length - 1} or {data.context_length + 1}"
+            f"--context_length {data.context_length}: no text takes that many positions in blocks of {block_size}; "
+            f"give {data.context_length - 1} or {data.context_length + 1}"
         )
     packed = []
     for documents, max_rows in ((train, None), (heldout, data.max_heldout_rows)):

@@ -1,4 +1,4 @@
-"""Loads the tokenizer and the model that a run starts from: a checkpoint, dense or with landmarks, or a configuration."""
+"""Loads the tokenizer and the model that a run starts from: a checkpoint (dense or not) or a configuration."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The output folder: what it may hold at the start, which checkpoints are complete, when a run counts as finished.
 
-A checkpoint counts once `complete.json` stands in it, written after everything else has reached the disk, and older ones
-are deleted only then. A run counts as finished once `metrics.json` is there, the last file to be written. So a run that
-was killed at any moment, or whose disk filled, goes on from the last complete checkpoint.
+A checkpoint counts once `complete.json` stands in it, written after everything else has reached the disk; older ones are
+deleted only then. A run counts as finished once `metrics.json` is there, the last file to be written. So a run that was
+killed at any moment, or whose disk filled, goes on from the last complete checkpoint.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ COMPLETE, SETTINGS, METRICS = "complete.json", "run.json", "metrics.json"
 # What a run writes beside its checkpoints; `--overwrite_output_dir` deletes these and nothing else.
 RUN_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial", METRICS, SETTINGS,
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial",
+    METRICS, SETTINGS,
 )  # fmt: skip
 # The training settings that decide what a run computes: a run goes on with the ones that it started with.
 RESULT_SETTINGS = (
@@ -129,8 +130,8 @@ def _claim(output_dir: Path, model_args: ModelArguments, data_args: DataArgument
     elif holds_model and not run_args.resume_from_checkpoint:
         if (output_dir / METRICS).exists() or not (output_dir / SETTINGS).exists():
             raise UserError(
-                f"--output_dir {output_dir}: already holds a finished model; give another folder, --overwrite_output_dir or "
-                "--resume_from_checkpoint"
+                f"--output_dir {output_dir}: already holds a finished model; give another folder, "
+                "--overwrite_output_dir or --resume_from_checkpoint"
             )
         _check_same_settings(output_dir, settings)
     for incomplete in checkpoints(output_dir, complete=False):

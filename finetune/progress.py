@@ -1,4 +1,4 @@
-"""Progress of a run as plain lines, for output that goes to a file or a pipe instead of a terminal; and a guard on the loss."""
+"""Progress of a run as plain lines, for output that goes to a file instead of a terminal; and a guard on the loss."""
 
 import math
 import sys

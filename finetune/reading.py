@@ -18,7 +18,7 @@ _FEATURES = datasets.Features({"text": datasets.Value("large_string"), "problem"
 
 
 def read_documents(sources: list[str], skip_bad_rows: bool = False, workers: int = 1) -> tuple[datasets.Dataset, int]:
-    """Reads all documents of `sources` and returns them, as a data set with one column `text`, and how many rows were bad.
+    """Reads all documents of `sources`: a data set with one column `text`, and how many rows were bad.
 
     Args:
         sources: files, folders (searched through) or one hub data set name.

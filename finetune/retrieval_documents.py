@@ -1,7 +1,7 @@
 """Synthetic retrieval documents: a number hidden under a name in a long text, and asked for by that name.
 
 Everything varies, so that looking a name up is the only thing worth learning: the sentences around the number, the
-sentence that states it, the one that asks for it, the name, the number's length, the distance, how many numbers there are.
+sentence that states it, the one that asks for it, the name, the number's length, the distance, how many there are.
 """
 
 import json
@@ -34,9 +34,9 @@ class RetrievalWriter:
         words: ordinary lower-case words, for names and fillers beside the built-in lists.
         prose: pieces of real text that serve as haystacks; they must hold no reserved number.
 
-    The built-in words and sentence shapes stand in `corpus_wording.json`. In a shape `{x}` is the name, `{k}` the number and
-    `{t}` what kind of number it is; a statement cut off before its number is a question, too, and the `invented` shapes
-    are made of any words, because a number must be found however it was stated.
+    The built-in words and sentence shapes stand in `corpus_wording.json`. In a shape `{x}` is the name, `{k}` the
+    number and `{t}` what kind of number it is; a statement cut off before its number is a question, too. The `invented`
+    shapes are made of any words, because a number must be found however it was stated.
     """
 
     def __init__(self, rng: random.Random, words: list[str], prose: list[str]) -> None:
@@ -84,7 +84,7 @@ class RetrievalWriter:
         names = self._names(count)
         thing = self._thing()
         facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in names]
-        # Half of the documents ask with the words that stated the number, as a copy of the sentence; half ask in others.
+        # In half of the documents all numbers are stated in the same words, so that the name alone tells them apart.
         statements = [self._statement() for _ in facts]
         if rng.random() < 0.5:
             statements = [statements[0]] * count
@@ -132,8 +132,8 @@ class RetrievalWriter:
     def _fill(self, shape: str, **chosen: str) -> str:
         pick = self._pick
         slots = {
-            "a": pick("adjectives"), "a2": pick("adjectives"), "n": pick("nouns"), "n2": pick("nouns"), "v": pick("verbs"),
-            "p": pick("places"), "P": pick("people"), "Q": pick("people"),
+            "a": pick("adjectives"), "a2": pick("adjectives"), "n": pick("nouns"), "n2": pick("nouns"),
+            "v": pick("verbs"), "p": pick("places"), "P": pick("people"), "Q": pick("people"),
             "w": self._word(), "w2": self._word(), "w3": self._word(), "W": self._word().capitalize(),
         }  # fmt: skip
         return shape.format(**{**slots, **chosen})

@@ -2,8 +2,8 @@
 
     python finetune/tokenizer.py --data runs/corpus/train.jsonl --output runs/tokenizer --vocabulary_size 1024
 
-LLaMA's way: byte-pair pieces, single digits, unknown characters as bytes, white space kept as it is, `<unk> <s> </s>` as
-ids 0, 1, 2, `<s>` in front of a text and no `</s>` behind it.
+LLaMA's way: byte-pair pieces, single digits, unknown characters as bytes, white space kept as it is, `<unk> <s> </s>`
+as ids 0, 1, 2, `<s>` in front of a text and no `</s>` behind it.
 """
 
 import argparse

@@ -54,8 +54,9 @@ def flags(base: Path, data: Path, output: Path, *more: str) -> list[str]:
     return [
         "--model_name_or_path", str(base), "--data", str(data), "--output_dir", str(output), "--block_size", "8",
         "--context_length", "64", "--num_retrieved_blocks", "2", "--max_steps", str(STEPS), "--save_steps", "2",
-        "--logging_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--max_heldout_rows", "4",
-        "--heldout_share", "0.1", "--preprocessing_workers", "1", "--cpu_threads", "1", "--use_cpu", "true",
+        "--logging_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2",
+        "--max_heldout_rows", "4", "--heldout_share", "0.1",
+        "--preprocessing_workers", "1", "--cpu_threads", "1", "--use_cpu", "true",
         "--save_total_limit", "2", *more,
     ]  # fmt: skip
 
