@@ -38,6 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 base: $(READY)
+	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base_copy.yaml --overwrite_output_dir
 	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base.yaml --overwrite_output_dir
 
 clean:
