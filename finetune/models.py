@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
 from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
@@ -41,7 +42,8 @@ def load_tokenizer(
 
         with embedded[0].open(encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line, _ in zip(file, range(TOKENIZER_DOCUMENTS), strict=False)]
-        return to_fast_tokenizer(train_sentencepiece(texts, data_args.vocabulary_size), data_args.context_length)
+        positions = _read_config(model_args).max_position_embeddings
+        return to_fast_tokenizer(train_sentencepiece(texts, data_args.vocabulary_size), positions)
     name = model_args.tokenizer_name or model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -67,6 +69,8 @@ def load_model(
     settings = {name: getattr(model_args, name) for name in LANDMARK_SETTINGS}
     settings = {name: value for name, value in settings.items() if value is not None}
     settings["train_context_length"] = data_args.context_length
+    if model_args.attention == "landmark":
+        tokenizer.model_max_length = VERY_LARGE_INTEGER  # no text is too long; LLaMA's tokenizer would warn of it
     if isinstance(config, LandmarkLlamaConfig):
         return _load_landmark(model_args, config, settings, dtype)
     if model_args.config_name:

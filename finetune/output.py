@@ -1,7 +1,7 @@
 """The output folder: what it may hold at the start, which checkpoints are complete, when a run counts as finished.
 
-A checkpoint counts once `complete.json` stands in it, written after everything else has reached the disk; older ones
-are deleted only then. A run counts as finished once `metrics.json` is there, the last file to be written. So a run that was
+A checkpoint counts once `complete.json` stands in it, written after everything else has reached the disk; only then are
+older ones deleted. A run counts as finished once `metrics.json` is there, the last file written. A run that was
 killed at any moment, or whose disk filled, goes on from the last complete checkpoint.
 """
 
