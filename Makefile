@@ -38,8 +38,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 base: $(READY)
-	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base_copy.yaml --overwrite_output_dir
-	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base.yaml --overwrite_output_dir
+	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base_1_copy.yaml --overwrite_output_dir
+	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base_2_lookup.yaml --overwrite_output_dir
+	$(LAUNCH) finetune/run.py --config finetune/configs/tiny_base_3_context.yaml --overwrite_output_dir
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO_REPORT)
