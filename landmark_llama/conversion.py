@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.tokenization import add_landmark_token
@@ -28,7 +29,7 @@ def convert_llama(
 ) -> Model:
     """What `LandmarkLlamaForCausalLM.from_llama` documents. `settings`: fields of `LandmarkLlamaConfig`."""
     if isinstance(source, LlamaForCausalLM):
-        base, path = source.config, None
+        base, path = _checked_llama(source.config, type(source).__name__), None
         from_pretrained = {"dtype": source.dtype, **from_pretrained, "state_dict": source.state_dict()}
     else:
         base, path = _llama_config(source, from_pretrained), source
@@ -49,6 +50,13 @@ def convert_llama(
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls transformers' `from_pretrained` and raises an `OSError` for a checkpoint that is damaged or lacks weights."""
     with_info = kwargs.pop("output_loading_info", False)
+    if "config" not in kwargs:
+        fields, _ = LandmarkLlamaConfig.get_config_dict(path, **_hub_arguments(kwargs))
+        if fields.get("model_type") == "llama":
+            raise ValueError(
+                f"{path}: a LLaMA checkpoint, which has no landmark token; make a landmark LLaMA of it with "
+                "LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+            )
     try:
         model, info = load(path, *args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
@@ -60,11 +68,22 @@ def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any)
 
 
 def _llama_config(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> LlamaConfig:
-    hub = {name: from_pretrained[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in from_pretrained}
-    config = AutoConfig.from_pretrained(path, **hub)
+    folder = Path(path) / from_pretrained.get("subfolder", "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise OSError(f"{folder}: the folder holds no config.json, so it is no checkpoint")
+    return _checked_llama(AutoConfig.from_pretrained(path, **_hub_arguments(from_pretrained)), path)
+
+
+def _checked_llama(config: PretrainedConfig, name: str | PathLike[str]) -> LlamaConfig:
     if config.model_type != "llama":
-        raise ValueError(f"{path}: model_type is {config.model_type!r}, from_llama takes a 'llama' checkpoint")
+        raise ValueError(f"{name}: model_type is {config.model_type!r}, from_llama takes a 'llama' checkpoint")
     return config
+
+
+def _hub_arguments(from_pretrained: dict[str, Any]) -> dict[str, Any]:
+    """What says which configuration is meant, among the arguments of `from_pretrained`."""
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+    return {name: from_pretrained[name] for name in names if name in from_pretrained}
 
 
 @torch.no_grad()
