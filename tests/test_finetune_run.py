@@ -305,6 +305,14 @@ def test_a_broken_checkpoint_and_models_that_are_no_llama_are_refused(base: Path
         main(flags(base, data, tmp_path / "out3", "--num_retrieved_blocks", "20"))
 
 
+def test_a_tokenizer_of_another_model_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["one", "more"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="the tokenizer has 402 tokens, more than the 400 of"):
+        main(flags(base, data, tmp_path / "out", "--tokenizer_name", str(tmp_path / "tokenizer")))
+
+
 @pytest.mark.slow
 def test_a_users_mistake_ends_the_script_with_one_sentence_and_a_code(base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
