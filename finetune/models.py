@@ -66,6 +66,11 @@ def load_model(
     """
     dtype = getattr(torch, model_args.dtype)
     config = _read_config(model_args)
+    if model_args.model_name_or_path and len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of "
+            f"{model_args.model_name_or_path}: give the checkpoint's own tokenizer"
+        )
     settings = {name: getattr(model_args, name) for name in LANDMARK_SETTINGS}
     settings = {name: value for name, value in settings.items() if value is not None}
     settings["train_context_length"] = data_args.context_length
@@ -79,7 +84,7 @@ def load_model(
             setattr(config, name, getattr(tokenizer, name))
         model = LlamaForCausalLM(config).to(dtype)
     else:
-        model = _load(LlamaForCausalLM, model_args.model_name_or_path, dtype=dtype)
+        model = _load(LlamaForCausalLM, model_args.model_name_or_path, config=config, dtype=dtype)
     if model_args.attention == "dense":
         return model
     try:

@@ -188,7 +188,8 @@ def _resume_point(output_dir: Path, asked: str | None) -> str | None:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether a full disk (or quota) is behind `error`; safetensors and torch wrap the operating system's own error."""
-    signs = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+    # "unexpected pos" is what torch.save says when a write came out shorter than asked for.
+    signs = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos ")
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
