@@ -46,7 +46,7 @@ def choose(
 ) -> Choice:
     rotated = rotate_to_distances(query, position, k, BLOCK, table(3 * BLOCK + (k + 1) * BLOCK))
     settings = {"valid": torch.ones_like(position, dtype=torch.bool), "landmarks_tie": False, **settings}
-    return choose_blocks(rotated, landmarks, candidates, granularity=granularity, scale=SCALE, **settings)
+    return choose_blocks(rotated * SCALE, landmarks, candidates, granularity=granularity, **settings)
 
 
 def brute_wanted(case: tuple[Tensor, ...], k: int, granularity: str, valid: Tensor) -> Tensor:
