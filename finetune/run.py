@@ -71,6 +71,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, run_args: Run
     if not _had_finished_training(trainer, resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
     evaluation = trainer.evaluate()
+    model.config.use_cache = True  # the Trainer turns it off, and whoever loads the model wants to generate with it
     save_finished_model(trainer, Path(run_args.output_dir))
     metrics = _metrics(trainer, evaluation["eval_loss"], rows, model)
     if trainer.is_world_process_zero():

@@ -95,7 +95,7 @@ def test_a_finished_folder_is_complete_and_loads(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished)
     tokenizer = AutoTokenizer.from_pretrained(finished)
     assert isinstance(model, LandmarkLlamaForCausalLM)
-    assert model.config.train_context_length == 64 and model.config.block_size == 8
+    assert model.config.train_context_length == 64 and model.config.block_size == 8 and model.config.use_cache
     assert model.config.landmark_token_id == tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     generated = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert generated.shape[1] <= 5
