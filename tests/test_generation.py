@@ -280,6 +280,7 @@ def test_the_text_generation_pipeline_works(saved: Path) -> None:
     assert "<landmark>" not in str(texts) and type(generator.model) is LandmarkLlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_all_that_the_auto_classes_need(saved: Path) -> None:
     program = f"""
 import torch, landmark_llama

@@ -59,6 +59,7 @@ def test_one_forward_over_everything_gives_the_released_logits(
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("k", BLOCKS)
 @pytest.mark.parametrize("prompt", PROMPTS)

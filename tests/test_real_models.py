@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("gqa", "mha")
 BLOCK = 16
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "

@@ -67,6 +67,7 @@ def test_room_that_was_never_written_is_finite() -> None:
         assert x.isfinite().all()
 
 
+@pytest.mark.slow
 def test_no_step_of_decoding_copies_the_whole_memory() -> None:
     model, cache = tiny_model(), None
     cache = LandmarkCache(model.config)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from oracle import Oracle
 from tiny import in_float64, logits_in_calls, ragged, random_ids, tiny_model
+from tolerance import assert_as_accurate
 from torch import Tensor
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
+from landmark_llama.attention import landmark_attention_reference
 from landmark_llama.attention.rotary import RotaryTable
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -33,6 +35,7 @@ def read(oracle: Oracle, ids: Tensor, calls: list[int]) -> Tensor:
     return torch.cat([oracle.read(part.tolist()) for part in parts])
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("cut", ["one_call", "mixed"])
 def test_streaming_is_the_block_table_of_the_design_token_by_token(
@@ -63,6 +66,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local_attention", ["sliding", "chunked"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_block_table_holds_for_every_shape_of_window(shape: dict, local_attention: str) -> None:
@@ -223,6 +227,20 @@ def test_low_precision_is_finite_everywhere(local_attention: str, granularity: s
         assert output.logits.dtype == dtype and output.logits.isfinite().all()
     assert logits_in_calls(model, random_ids(1, 20), [1] * 20).isfinite().all()
     assert model(random_ids(1, 20)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_local_blocks", [5, 0], ids=["direct", "retrieved"])
+def test_reading_through_the_cache_is_as_accurate_as_plain_attention_in_low_precision(
+    num_local_blocks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # all blocks fit the table, so that the definition gives the reference, and the same in low precision the measure
+    k = 5 - num_local_blocks
+    low = tiny_model(num_retrieved_blocks=k, num_local_blocks=num_local_blocks).to(dtype)
+    ids = random_ids(8, 17)
+    monkeypatch.setattr("landmark_llama.modeling.landmark_attention", landmark_attention_reference)
+    reference = in_float64(low)(ids).logits.float()  # of the weights as they are in low precision
+    assert_as_accurate(logits_in_calls(low, ids, [1, 9]), low(ids).logits, reference)
 
 
 def copy_kv_heads(model: LandmarkLlamaForCausalLM) -> LandmarkLlamaForCausalLM:

@@ -45,6 +45,7 @@ def run(program: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_sentence_comes_before_anything_else_is_imported() -> None:
     result = run(
         "import importlib.metadata as m, sys\n"
@@ -60,6 +61,7 @@ def test_the_sentence_comes_before_anything_else_is_imported() -> None:
     ], result.stderr
 
 
+@pytest.mark.slow
 def test_importing_prints_nothing_and_imports_no_heavy_or_optional_package() -> None:
     result = run(
         "import landmark_llama, sys\n"
