@@ -82,6 +82,9 @@ class DataArguments:
     corpus_copy_share: float = field(
         default=0.1, metadata={"help": "embedded: share of the retrieval documents that only say something twice"}
     )
+    corpus_ask_all_share: float = field(
+        default=0.0, metadata={"help": "embedded: share of the texts with hidden numbers that ask for all of them"}
+    )
     corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
     vocabulary_size: int = field(default=1024, metadata={"help": "pieces of the `embedded` tokenizer"})
 

@@ -78,6 +78,7 @@ def make_corpus(
     retrieval_share: float = 0.9,
     retrieval_characters: int = 1100,
     copy_share: float = 0.1,
+    ask_all_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """Makes `documents` documents and returns them as `(train, heldout)`, shuffled and without a text in common.
@@ -87,6 +88,7 @@ def make_corpus(
         retrieval_share: share of retrieval documents; the rest is real text, used again when there is too little of it.
         retrieval_characters: length of the longest retrieval documents; shorter ones are made down to a few lines.
         copy_share: share of the retrieval documents that only say something twice: what a new model has to learn first.
+        ask_all_share: share of the texts with hidden numbers that ask for all of them: more to learn from a row.
         seed: of every choice.
     """
     rng = random.Random(seed)
@@ -112,7 +114,7 @@ def make_corpus(
                 if rng.random() < 0.5
                 else (retrieval_characters // 3, retrieval_characters)
             )
-            text = writer.document(rng.randint(min(low, high), high), copy_share)
+            text = writer.document(rng.randint(min(low, high), high), copy_share, ask_all_share)
             if text not in seen and not holds_reserved_number(text):
                 seen.add(text)
                 made[1].append(_document(text, "retrieval", "retrieval"))
@@ -135,6 +137,7 @@ def write_corpus(
     retrieval_share: float = 0.9,
     retrieval_characters: int = 1100,
     copy_share: float = 0.1,
+    ask_all_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[Path, Path]:
     """Writes `train.jsonl` and `heldout.jsonl` to `folder`; returns their paths. Settings as in `make_corpus`.
@@ -143,9 +146,8 @@ def write_corpus(
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = corpus_files(folder)
-    for path, split in zip(
-        paths, make_corpus(documents, retrieval_share, retrieval_characters, copy_share, seed), strict=True
-    ):
+    splits = make_corpus(documents, retrieval_share, retrieval_characters, copy_share, ask_all_share, seed)
+    for path, split in zip(paths, splits, strict=True):
         partial = path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in split)
@@ -171,6 +173,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--retrieval_share", type=float, default=0.9)
     parser.add_argument("--copy_share", type=float, default=0.1)
+    parser.add_argument("--ask_all_share", type=float, default=0.0)
     parser.add_argument("--retrieval_characters", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -101,6 +101,7 @@ def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
         retrieval_share=data.corpus_retrieval_share,
         retrieval_characters=data.corpus_retrieval_characters,
         copy_share=data.corpus_copy_share,
+        ask_all_share=data.corpus_ask_all_share,
         seed=data.corpus_seed,
     )
 

@@ -43,15 +43,20 @@ class RetrievalWriter:
         self.rng, self.words, self.prose = rng, words, prose
         self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
 
-    def document(self, characters: int, copy_share: float) -> str:
+    def document(self, characters: int, copy_share: float, ask_all_share: float = 0.0) -> str:
         """A document of about `characters` characters: numbers hidden in a long text, a register of them, or a copy.
+
+        `ask_all_share` of the texts with hidden numbers ask for all of them, mostly in the words that stated them.
 
         Registers and copies are made of little else than tokens that can be looked up. They teach a model how to look
         things up in a fraction of the time that the hidden numbers alone, a few digits in a long text, would take.
         """
         if self.rng.random() < copy_share:
             return self._copy(characters)
-        return self._register(characters) if self.rng.random() < 0.3 else self._hidden(characters)
+        if self.rng.random() < 0.3:
+            return self._register(characters)
+        # no draw where it decides nothing: a corpus without such documents stays what it was
+        return self._hidden(characters, ask_all=bool(ask_all_share) and self.rng.random() < ask_all_share)
 
     def _copy(self, characters: int) -> str:
         """Any words and numbers, and the same again."""
@@ -76,8 +81,8 @@ class RetrievalWriter:
         lines += [self._fill(asking, x=name, k=number, t=thing) for name, number in again]
         return rng.choice((" ", "\n", "\n")).join(lines)
 
-    def _hidden(self, characters: int) -> str:
-        """One or more numbers in a text that is beside the point, and questions for some of them."""
+    def _hidden(self, characters: int, ask_all: bool) -> str:
+        """One or more numbers in a text that is beside the point, and questions for some or all of them."""
         rng = self.rng
         many = rng.random() < 0.6
         count = 1 if not many else rng.randint(2, max(2, min(8, characters // 60)))
@@ -86,7 +91,7 @@ class RetrievalWriter:
         facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in names]
         # In half of the documents all numbers are stated in the same words, so that the name alone tells them apart.
         statements = [self._statement() for _ in facts]
-        if rng.random() < 0.5:
+        if ask_all or rng.random() < 0.5:
             statements = [statements[0]] * count
         lines = self._haystack(max(characters - 90 * count, 0))
         for (name, number, what), shape in zip(facts, statements, strict=True):
@@ -94,10 +99,10 @@ class RetrievalWriter:
         if rng.random() < 0.6:
             name, _, what = rng.choice(facts)
             lines.insert(0, self._fill(self._pick("introductions"), x=name, t=what))
-        asked = rng.sample(range(count), rng.randint(1, min(count, 4)))
+        asked = rng.sample(range(count), count if ask_all else rng.randint(1, min(count, 4)))
         for i in asked:
             # A sentence asks only if it names the name before the number.
-            repeated = rng.random() < 0.4 and statements[i].find("{x}") < statements[i].find("{k}")
+            repeated = rng.random() < (0.75 if ask_all else 0.4) and statements[i].find("{x}") < statements[i].find("{k}")
             shape = statements[i] if repeated else self._pick("questions")
             lines.append(self._state(shape, *facts[i]))
         return rng.choice((" ", " ", "\n")).join(lines)
