@@ -82,8 +82,6 @@ def measure(
     Returns:
         The `QUANTITIES`, the decoding one as the median over the tokens, with `decode_ms` of each token.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
     model = load_model(args, config, implementation)
     text = random_text(args, config, length)
     landmark = config.landmark_token_id
@@ -152,7 +150,7 @@ class GenerationBenchmark:
         config = self.configs[implementation]
         try:
             for check in (check_attention, check_reading):
-                problem = isolated(check, self.model, config)
+                problem = isolated(check, self.model, config, threads=self.model.threads)
                 if problem:
                     raise MeasurementFailed(f"not measured, its result is wrong: {problem}")
         except MeasurementFailed as error:
@@ -177,14 +175,14 @@ class GenerationBenchmark:
                 bar.update()
         for quantity in QUANTITIES:
             dense = measured[DENSE] if DENSE not in failed else []
-            baseline = statistics.median(one[quantity] for one in dense) if dense else None
+            baseline = statistics_of([one[quantity] for one in dense])["median"] if dense else None
             for name in implementations:
                 if name not in failed:
                     self._add_row(quantity, name, length, measured[name], baseline)
 
     def _measure_once(self, name: str, length: int) -> dict[str, Any]:
-        args = self.args
-        return isolated(measure, self.model, self.configs[name], name, length, args.decode_tokens, args.warmup_tokens)
+        what = (self.model, self.configs[name], name, length, self.args.decode_tokens, self.args.warmup_tokens)
+        return isolated(measure, *what, threads=self.model.threads)
 
     def _add_row(
         self, quantity: str, name: str, length: int, measured: list[dict[str, Any]], baseline: float | None

@@ -30,8 +30,11 @@ class MeasurementFailed(Exception):
     """A measurement that gave no figure; the message is the reason."""
 
 
-def isolated(function: Callable[..., Result], *args: Any) -> Result:
+def isolated(function: Callable[..., Result], *args: Any, threads: int = 0) -> Result:
     """Calls `function(*args)` in a process of its own, which starts clean: no memory or thread of an earlier call.
+
+    Args:
+        threads: that PyTorch may use there; 0: as many as it takes by itself.
 
     Raises:
         MeasurementFailed: if the call raises, or its process is killed (for lack of memory, mostly).
@@ -39,7 +42,8 @@ def isolated(function: Callable[..., Result], *args: Any) -> Result:
     context = multiprocessing.get_context("forkserver")
     # children are forked from a server that has these imported and has computed nothing
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "landmark_llama"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    initializer = (torch.set_num_threads, (threads,)) if threads else (None, ())
+    with ProcessPoolExecutor(1, context, *initializer) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool as error:

@@ -93,8 +93,6 @@ def measure(
     model: ModelArguments, config: LandmarkLlamaConfig, tokens: int, batch: int, repetitions: int, warmup: int
 ) -> dict[str, list[float]]:
     """Seconds of each model's steps on the same `batch` rows of `tokens` ordinary tokens, in the present process."""
-    if model.threads:
-        torch.set_num_threads(model.threads)
     text = random_text(model, config, tokens, batch)
     trainees = {name: Trainee(load_model(model, config, name)) for name in (DENSE, LANDMARK)}
     for _ in range(warmup):
@@ -126,7 +124,8 @@ def run(model: ModelArguments, args: Arguments) -> ResultsFile:
         try:
             if problem:
                 raise MeasurementFailed(problem)
-            seconds = isolated(measure, model, config, tokens, batch, args.repetitions, args.warmup_steps)
+            what = (model, config, tokens, batch, args.repetitions, args.warmup_steps)
+            seconds = isolated(measure, *what, threads=model.threads)
         except MeasurementFailed as error:
             results.add_failure({"implementation": LANDMARK, "length": length, "batch": batch}, str(error))
             tqdm.write(f"batch {batch}: {error}", file=sys.stderr)
@@ -137,7 +136,7 @@ def run(model: ModelArguments, args: Arguments) -> ResultsFile:
 
 def _problem(model: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
     try:
-        problem = isolated(check_attention, model, config)
+        problem = isolated(check_attention, model, config, threads=model.threads)
     except MeasurementFailed as error:
         return str(error)
     return f"not measured, its result is wrong: {problem}" if problem else None
