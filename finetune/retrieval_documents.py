@@ -81,7 +81,7 @@ class RetrievalWriter:
         lines += [self._fill(asking, x=name, k=number, t=thing) for name, number in again]
         return rng.choice((" ", "\n", "\n")).join(lines)
 
-    def _hidden(self, characters: int, ask_all: bool) -> str:
+    def _hidden(self, characters: int, ask_all: bool = False) -> str:
         """One or more numbers in a text that is beside the point, and questions for some or all of them."""
         rng = self.rng
         many = rng.random() < 0.6

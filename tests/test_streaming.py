@@ -1,5 +1,7 @@
 """Reading through the cache: the block table, its positions, and that how a text is cut into calls does not matter."""
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import Oracle
@@ -10,6 +12,7 @@ from torch import Tensor
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
 from landmark_llama.attention import landmark_attention_reference
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.retrieval import Choice, choose_blocks, rotate_to_distances
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -164,13 +167,40 @@ def test_positions_never_leave_the_training_context(
         seen.append((int(place.min()), int(place.max())))
         return rotate(self, x, position)
 
+    def observe_distances(query: Tensor, position: Tensor, k: int, block_size: int, rotary: RotaryTable) -> Tensor:
+        # rotated twice, so the sum is where a query stands
+        seen.append((int(position.min()) + block_size, int(position.max()) + (k + 1) * block_size))
+        return rotate_to_distances(query, position, k, block_size, rotary)
+
     monkeypatch.setattr(RotaryTable, "rotate", observe)
+    monkeypatch.setattr("landmark_llama.streaming.rotate_to_distances", observe_distances)
     model = tiny_model(train_context_length=31, **settings_of(local_attention, granularity))
     long = random_ids(2, 300)
     logits_in_calls(model, long, [100, 1, 1, 60, 2, 3])
     model(**ragged([long[0], long[1, :111], long[1, :2]]))
     model(long[:, :20])
     assert seen and min(low for low, _ in seen) >= 0 and max(high for _, high in seen) < 31
+
+
+@every_mode
+def test_rounding_noise_chooses_no_block_in_the_first_layer(
+    local_attention: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # there a landmark's key is the same in every block, up to rounding, and the later of equal candidates are taken
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def observe(rotated: Tensor, landmarks: Tensor, candidates: Tensor, valid: Tensor, **settings: Any) -> Choice:
+        choice = choose_blocks(rotated, landmarks, candidates, valid, **settings)
+        seen.append((choice.block, candidates[:, None, None, :, None, None]))
+        return choice
+
+    monkeypatch.setattr("landmark_llama.streaming.choose_blocks", observe)
+    model = tiny_model(num_local_blocks=0, **settings_of(local_attention, granularity))
+    logits_in_calls(model, random_ids(2, 140), [70, 1, 1, 1, 1, 1, 31])
+    first_layer, k = seen[:: model.config.num_hidden_layers], model.config.num_retrieved_blocks
+    assert max(int(candidates.max()) for _, candidates in first_layer) > 40
+    for block, candidates in first_layer:
+        assert ((block >= candidates - 2 * k) | (block < 0)).all()
 
 
 @every_mode
