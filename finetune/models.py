@@ -68,8 +68,8 @@ def load_model(
     config = _read_config(model_args)
     if model_args.model_name_or_path and len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of "
-            f"{model_args.model_name_or_path}: give the checkpoint's own tokenizer"
+            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} "
+            f"of {model_args.model_name_or_path}: give the checkpoint's own tokenizer"
         )
     settings = {name: getattr(model_args, name) for name in LANDMARK_SETTINGS}
     settings = {name: value for name, value in settings.items() if value is not None}

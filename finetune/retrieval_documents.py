@@ -102,7 +102,9 @@ class RetrievalWriter:
         asked = rng.sample(range(count), count if ask_all else rng.randint(1, min(count, 4)))
         for i in asked:
             # A sentence asks only if it names the name before the number.
-            repeated = rng.random() < (0.75 if ask_all else 0.4) and statements[i].find("{x}") < statements[i].find("{k}")
+            repeated = rng.random() < (0.75 if ask_all else 0.4) and statements[i].find("{x}") < statements[i].find(
+                "{k}"
+            )
             shape = statements[i] if repeated else self._pick("questions")
             lines.append(self._state(shape, *facts[i]))
         return rng.choice((" ", " ", "\n")).join(lines)

@@ -24,7 +24,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self.storage = storage
 
     def update(self, key_states: Tensor, value_states: Tensor, start: Tensor) -> BlockStorage:
-        """Stores (batch, length, kv_heads, head_dim) from landmarked positions `start` (batch,) on; returns the storage."""
+        """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
         self.storage.write(key_states, value_states, start)
         self.is_initialized = True
         return self.storage
@@ -48,8 +48,8 @@ class LandmarkCacheLayer(CacheLayerMixin):
 class LandmarkCache(Cache):
     """Keys, values and landmarks of everything a batch has read, by row, layer and block.
 
-    Rows are independent: each one's tokens are numbered from its first real one, and what `attention_mask` hides is never
-    stored. The cache may be used over several calls and turns that end anywhere inside a block.
+    Rows are independent: each one's tokens are numbered from its first real one, and what `attention_mask` hides is
+    never stored. The cache may be used over several calls and turns that end anywhere inside a block.
 
     Args:
         config: of the model it is for.
@@ -63,9 +63,7 @@ class LandmarkCache(Cache):
         cache.crop(-20)                                                      # forgets the last 20 columns
     """
 
-    def __init__(
-        self, config: LandmarkLlamaConfig, storage: Callable[[int], BlockStorage] = DeviceStorage
-    ) -> None:
+    def __init__(self, config: LandmarkLlamaConfig, storage: Callable[[int], BlockStorage] = DeviceStorage) -> None:
         if not isinstance(config, LandmarkLlamaConfig):
             raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
         self.block_size = config.block_size
@@ -74,7 +72,7 @@ class LandmarkCache(Cache):
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
 
     def ordinary_tokens(self, batch: int) -> Tensor:
-        """Ordinary tokens that each row has seen: (batch,), on the CPU. Raises ValueError if the cache has other rows."""
+        """Ordinary tokens each row has seen: (batch,), on the CPU. Raises ValueError if the cache has other rows."""
         if self._real is None:
             return torch.zeros(batch, dtype=torch.long)
         if len(self._real) != batch:
@@ -93,7 +91,7 @@ class LandmarkCache(Cache):
         return 0 if self._real is None else self._real.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` columns; a positive number is the length to keep, as transformers had it."""
+        """Forgets the last `-tokens_to_remove` columns; a positive number is the length to keep, as it once was."""
         length = self.get_seq_length()
         keep = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
         if keep < 0:

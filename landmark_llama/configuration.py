@@ -36,8 +36,8 @@ class LandmarkLlamaConfig(LlamaConfig):
     num_retrieved_blocks: k, blocks that each query fetches from further back.
     num_local_blocks: blocks read directly before a query's own block (`"sliding"` only); by default as many as fit.
     local_attention: `"sliding"`, or `"chunked"` for the paper's protocol.
-    retrieval_granularity: who shares a choice of blocks: nobody (`"token_and_head"`), the queries of a block (`"head"`),
-        or the heads of a token (`"token"`).
+    retrieval_granularity: who shares a choice of blocks: nobody (`"token_and_head"`), the queries of a block
+        (`"head"`), or the heads of a token (`"token"`).
     predict_from_landmark: whether the landmark of a block, rather than its last ordinary token, predicts what follows.
 
     Raises:
@@ -85,8 +85,8 @@ class LandmarkLlamaConfig(LlamaConfig):
         needed = 0 if local is None or attention == "chunked" else local
         if room < needed:
             raise ValueError(
-                f"num_retrieved_blocks={retrieved}, num_local_blocks={local}: a window of {retrieved} + 1 prefix blocks, "
-                f"{needed} direct ones and the own one takes {(retrieved + needed + 2) * self.block_size} positions of "
+                f"num_retrieved_blocks={retrieved}, num_local_blocks={local}: a window of {retrieved} + 1 prefix "
+                f"blocks, {needed} direct ones and the own one takes {(retrieved + needed + 2) * self.block_size} positions of "
                 f"train_context_length={self.train_context_length} (block_size={self.block_size}): "
                 "retrieve or keep fewer blocks, or use smaller ones"
             )

@@ -48,7 +48,7 @@ def convert_llama(
 
 
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls transformers' `from_pretrained` and raises an `OSError` for a checkpoint that is damaged or lacks weights."""
+    """Calls transformers' `from_pretrained`; raises `OSError` for a checkpoint that is damaged or lacks weights."""
     with_info = kwargs.pop("output_loading_info", False)
     if "config" not in kwargs:
         fields, _ = LandmarkLlamaConfig.get_config_dict(path, **_hub_arguments(kwargs))
@@ -60,7 +60,9 @@ def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any)
     try:
         model, info = load(path, *args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
-        raise OSError(f"{path}: a weight file is truncated or damaged ({error}); fetch or save the checkpoint again") from error
+        raise OSError(
+            f"{path}: a weight file is truncated or damaged ({error}); fetch or save the checkpoint again"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise OSError(f"{path}: the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
@@ -94,7 +96,11 @@ def _add_row(model: LlamaForCausalLM, token_id: int) -> None:
         model.resize_token_embeddings(token_id + 1, mean_resizing=False)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in (embedding,) if head is embedding else (embedding, head):
-        others = torch.cat([weight[:token_id], weight[token_id + 1 : vocab_size]]) if token_id < vocab_size else weight[:vocab_size]
+        others = (
+            torch.cat([weight[:token_id], weight[token_id + 1 : vocab_size]])
+            if token_id < vocab_size
+            else weight[:vocab_size]
+        )
         mean = others.float().mean(0)
         # rows between the old vocabulary and the landmark belong to tokens that the checkpoint never knew
         weight[vocab_size:] = mean.to(weight.dtype)

@@ -1,8 +1,8 @@
 """How the rows of a batch, in plain coordinates and with padding anywhere, lie in landmarked columns.
 
-Every row's own tokens are numbered from its first real one, so padding moves no landmark. In a forward call the rows stand
-left-aligned: row `r` brings `length[r]` landmarked positions in columns 0 .. length[r] - 1, whatever follows is padding that
-no real position can see.
+Every row's own tokens are numbered from its first real one, so padding moves no landmark. In a forward call the rows
+stand left-aligned: row `r` brings `length[r]` landmarked positions in columns 0 .. length[r] - 1, whatever follows is
+padding that no real position can see.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from landmark_llama.tokenization import landmarked_length, landmarked_position
 class Layout(NamedTuple):
     """One call's rows, plain columns to landmarked columns.
 
-    source: (batch, columns): the plain column that a landmarked column shows; the number of plain columns for a landmark
-        (and for padding, whose content does not matter).
+    source: (batch, columns): the plain column that a landmarked column shows; the number of plain columns for a
+        landmark (and for padding, whose content does not matter).
     output: (batch, outputs): the landmarked column that speaks for each plain column of the result.
     start: (batch,): landmarked positions that each row had before. On the CPU, as `length` and `ordinary` are.
     length: (batch,): landmarked positions that each row brings.
@@ -40,8 +40,8 @@ def lay_out(
 
     Args:
         real: (batch, length), boolean: which columns of the input hold an ordinary token.
-        keep: (batch, length), boolean, or None for all: which columns stand in the result. Rows that keep fewer than others
-            are padded on the left.
+        keep: (batch, length), boolean, or None for all: which columns stand in the result. Rows that keep fewer than
+            others are padded on the left.
         before: (batch,), on the CPU: ordinary tokens that each row has seen in earlier calls.
         block_size: positions of a block, its landmark included.
         predict_from_landmark: the landmark of a block speaks for the block's last ordinary token.
@@ -80,8 +80,8 @@ def find_landmarks(
 ) -> Tensor | None:
     """Where `input_ids` (batch, length) already holds landmarks: boolean of the same shape, or None if nowhere.
 
-    `real` is False at padding, `before` counts the ordinary tokens of each row in earlier calls. A landmark may stand right
-    after the last ordinary token of a block, once; it need not, since the model sets each landmark itself.
+    `real` is False at padding, `before` counts the ordinary tokens of each row in earlier calls. A landmark may
+    stand right after the last ordinary token of a block, once; it need not, since the model sets each landmark itself.
 
     Raises:
         ValueError: naming the row and position of a landmark anywhere else.
@@ -97,7 +97,7 @@ def find_landmarks(
     if wrong.any():
         row, position = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"input_ids, row {row}, position {position}: a landmark token ({landmark_token_id}) stands where none belongs; "
-            f"landmarks come after every {block_size - 1} ordinary tokens of a row, and the model sets them itself"
+            f"input_ids, row {row}, position {position}: a landmark token ({landmark_token_id}) stands where none "
+            f"belongs; landmarks come after every {block_size - 1} ordinary tokens of a row, and the model sets them itself"
         )
     return landmark

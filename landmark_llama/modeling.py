@@ -1,8 +1,9 @@
 """The landmark LLaMA: what differs from transformers' LLaMA.
 
-Two ways through the model. A call without a cache whose rows fit `train_context_length` attends to all of its blocks, as in
-training. Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each query reading a table of
-blocks (`landmark_llama/streaming.py`). Users see plain coordinates in both: landmarks go in and out of the text in here.
+Two ways through the model. A call without a cache whose rows fit `train_context_length` attends to all of its
+blocks, as in training. Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each query
+reading a table of blocks (`landmark_llama/streaming.py`). Users see plain coordinates in both: landmarks go in and
+out of the text in here.
 """
 
 from __future__ import annotations
@@ -129,15 +130,15 @@ class LandmarkLlamaModel(LlamaModel):
         retrieval_granularity: RetrievalGranularity | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
-        settings = self.config.retrieval(
-            num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity
-        )
+        settings = self.config.retrieval(num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         self._check_inputs(input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
         content = input_ids if input_ids is not None else inputs_embeds
         batch, length = content.shape[:2]
         if past_key_values is None and use_cache:
             past_key_values = LandmarkCache(self.config)
-        before = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.ordinary_tokens(batch)
+        before = (
+            torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.ordinary_tokens(batch)
+        )
 
         if attention_mask is None:
             real = torch.ones(batch, length, dtype=torch.bool, device=content.device)
@@ -243,7 +244,7 @@ class LandmarkLlamaModel(LlamaModel):
         return max(1, blocks // tile) * tile
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:
-        """Embeddings (batch, columns, hidden_size) of ids or embeddings `content` laid out by `source`, landmarks set."""
+        """Embeddings (batch, columns, hidden_size) of ids or embeddings `content`, laid out by `source`."""
         if content.is_floating_point():
             landmark = self.embed_tokens.weight[self.config.landmark_token_id]
             extended = torch.cat([content, landmark.to(content).expand(len(content), 1, -1)], dim=1)
@@ -289,8 +290,8 @@ class LandmarkLlamaModel(LlamaModel):
                 wrong = (input_ids < 0) | (input_ids >= self.config.vocab_size)
                 row, position = wrong.nonzero()[0].tolist()
                 raise ValueError(
-                    f"input_ids, row {row}, position {position}: token id {int(input_ids[row, position])} is outside the "
-                    f"vocabulary of {self.config.vocab_size} tokens: was the text encoded with this model's tokenizer?"
+                    f"input_ids, row {row}, position {position}: token id {int(input_ids[row, position])} is outside "
+                    f"the vocabulary of {self.config.vocab_size} tokens: was the text encoded with this model's tokenizer?"
                 )
         if attention_mask is not None and (
             attention_mask.dim() != 2
@@ -307,7 +308,9 @@ class LandmarkLlamaModel(LlamaModel):
                 "pass LandmarkCache(model.config)"
             )
         if output_attentions:
-            raise ValueError("output_attentions=True: attention weights are never formed as a whole and cannot be returned")
+            raise ValueError(
+                "output_attentions=True: attention weights are never formed as a whole and cannot be returned"
+            )
 
     def _check_streaming(
         self, length: int, past_key_values: LandmarkCache | None, output_hidden_states: bool | None
@@ -354,8 +357,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
     ) -> LandmarkLlamaForCausalLM:
         """Makes a landmark LLaMA of a vanilla LLaMA checkpoint; fine-tune it before expecting it to find anything.
 
-        The landmark token is added to `tokenizer` in place, its embedding row (and output row) is the mean of the others,
-        every other weight stays bitwise as it was.
+        The landmark token is added to `tokenizer` in place, its embedding row (and output row) is the mean of the
+        others, every other weight stays bitwise as it was.
 
         Args:
             source: folder or hub id of a LLaMA checkpoint, or a loaded `LlamaForCausalLM` (left alone).
@@ -408,8 +411,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
-        Without a cache, rows that fit `train_context_length` attend to all of their blocks; longer ones are streamed through
-        a temporary cache, in evaluation only.
+        Without a cache, rows that fit `train_context_length` attend to all of their blocks; longer ones are streamed
+        through a temporary cache, in evaluation only.
 
         Args:
             input_ids: (batch, length) ordinary tokens. Landmarks in their regular places are accepted and dropped: the
@@ -420,8 +423,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
             labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here.
             use_cache: True returns a new `LandmarkCache` if none is given.
-            logits_to_keep: the last so many columns (0: all), or a 1-dimensional tensor of columns. The loss is over all
-                columns, whatever is kept.
+            logits_to_keep: the last so many columns (0: all), or a 1-dimensional tensor of columns. The loss is over
+                all columns, whatever is kept.
             output_hidden_states: for calls without a cache that fit `train_context_length`.
             num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
             num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
@@ -502,7 +505,9 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         """The landmark token is never emitted: its logit goes before anything else looks at the logits."""
         processors = super()._get_logits_processor(*args, **kwargs)
         device = str(self.device)
-        return LogitsProcessorList([SuppressTokensLogitsProcessor([self.config.landmark_token_id], device), *processors])
+        return LogitsProcessorList(
+            [SuppressTokensLogitsProcessor([self.config.landmark_token_id], device), *processors]
+        )
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         settings = self.config.retrieval(
@@ -513,8 +518,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         if (settings.local_attention, settings.granularity) != ("sliding", "token_and_head"):
             raise ValueError(
                 f"assisted decoding with local_attention={settings.local_attention!r}, "
-                f"retrieval_granularity={settings.granularity!r}: checking several tokens at once would read other blocks "
-                "than generating them one by one; use 'sliding' and 'token_and_head'"
+                f"retrieval_granularity={settings.granularity!r}: checking several tokens at once would read other "
+                "blocks than generating them one by one; use 'sliding' and 'token_and_head'"
             )
         return super()._assisted_decoding(*args, **kwargs)
 

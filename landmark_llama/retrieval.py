@@ -1,11 +1,12 @@
 """Landmark scores -> chosen blocks -> their distances.
 
 Shapes: `batch`, `kv_heads`, `group` (query heads that share a KV head), `groups` of `queries` that stand together,
-`head_dim`. Each group of queries has `candidates`, the complete blocks 0 .. n - 1 before the blocks that it reads directly.
+`head_dim`. Each group of queries has `candidates`, the complete blocks 0 .. n - 1 before the blocks that it reads
+directly.
 
-Distances are counted in blocks from the first direct block backwards (the paper's stingy positions, `docs/positions.md`):
-of `n` candidates the last `k' = min(k, n)` are scored at their true distances 1 .. k', all older ones at `k' + 1`; the
-chosen ones are read at distances that keep their order and need no more room than that.
+Distances are counted in blocks from the first direct block backwards (the paper's stingy positions,
+`docs/positions.md`): of `n` candidates the last `k' = min(k, n)` are scored at their true distances 1 .. k', all
+older ones at `k' + 1`; the chosen ones are read at distances that keep their order and need no more room than that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SCORES_AT_ONCE = 1 << 19  # scores held while choosing: few enough groups at a t
 class Choice(NamedTuple):
     """Blocks that each query reads.
 
-    block: (batch, kv_heads or 1, group or 1, groups, queries or 1, k), ascending; -1 stands first where fewer than k exist.
+    block: (batch, kv_heads or 1, group or 1, groups, queries or 1, k), ascending; -1 stands first where fewer than k
+        exist.
     recent: the same shape, boolean: whether the block is among the last k candidates.
     """
 
@@ -73,12 +75,14 @@ def choose_blocks(
 
     Args:
         rotated: (batch, kv_heads, group, groups, queries, k + 1, head_dim), from `rotate_to_distances`, scaled.
-        landmarks: (batch, kv_heads, blocks, head_dim), rotated by their offset in the block; all candidates, at least one.
+        landmarks: (batch, kv_heads, blocks, head_dim), rotated by their offset in the block; all candidates, at
+            least one.
         candidates: (batch, groups): number of candidates n of each group.
         valid: (batch, groups, queries): False for padding, which has no say in a shared choice.
-        granularity: `"token_and_head"`, `"head"` (softmax over the candidates, then the maximum over the group's queries)
-            or `"token"` (the same, maximum over heads).
-        landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not decide.
+        granularity: `"token_and_head"`, `"head"` (softmax over the candidates, then the maximum over the group's
+            queries) or `"token"` (the same, maximum over heads).
+        landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
+            decide.
     """
     landmarks = landmarks.to(rotated.dtype)
     shown = 1 if landmarks_tie else landmarks.shape[2]
@@ -97,7 +101,8 @@ def choose_blocks(
 class _Scores(NamedTuple):
     """Landmark scores of some groups of queries, -inf where there is no candidate.
 
-    older: (..., queries, blocks): the candidates before the last k, by block; where all landmarks tie, (..., queries, 1).
+    older: (..., queries, blocks): the candidates before the last k, by block; where all landmarks tie, (...,
+        queries, 1).
     recent: (..., queries, k): the last k candidates.
     n: (batch, 1, 1, groups, 1, 1): number of candidates.
     """

@@ -11,8 +11,8 @@ from torch import Tensor
 class BlockStorage(Protocol):
     """Keys and values of one layer, by row, KV head and block. Every position is written before it is read.
 
-    Shapes: `batch` rows, `kv_heads`, `blocks` of `block_size` positions, `head_dim`. Landmark keys are kept apart as well,
-    because selection reads them all at each step while it reads only a few blocks.
+    Shapes: `batch` rows, `kv_heads`, `blocks` of `block_size` positions, `head_dim`. Landmark keys are kept apart as
+    well, because selection reads them all at each step while it reads only a few blocks.
     """
 
     def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
@@ -73,7 +73,9 @@ class DeviceStorage:
     def select_rows(self, rows: Tensor) -> None:
         if self.key is not None:
             rows = rows.to(self.key.device)
-            self.key, self.value, self.landmark = (x.index_select(0, rows) for x in (self.key, self.value, self.landmark))
+            self.key, self.value, self.landmark = (
+                x.index_select(0, rows) for x in (self.key, self.value, self.landmark)
+            )
 
     def _reserve(self, blocks: int, like: Tensor) -> None:
         """Makes room for `blocks` blocks a row. New room is zeroed: what is masked must still be finite."""

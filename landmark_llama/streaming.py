@@ -27,7 +27,8 @@ class QueryGroups(NamedTuple):
     column: (batch, groups, queries): which column of the call each query is.
     valid: (batch, groups, queries), boolean: False where a group has fewer queries.
     slot: (batch, columns): where each column went, `group * queries + query`.
-    first_block: (batch, groups): the first block that the group reads directly; the blocks before it are its candidates.
+    first_block: (batch, groups): the first block that the group reads directly; the blocks before it are its
+        candidates.
     position: (batch, groups, queries): positions from the start of that block to the query.
     base: (batch, tiles): the block that the tile's window begins with; negative where the text has not as many.
     window_position: (batch or 1, tiles or 1, queries of a tile): positions from the start of the window to the query.
@@ -218,10 +219,14 @@ def _attend_direct(
     key, value = storage.gather(block.unsqueeze(1))
     key = rotary.rotate(key, (slot * block_size).unsqueeze(-1)).flatten(-3, -2)
     position = groups.window_position.unflatten(1, (1, 1, -1))
-    tiled = query.flatten(3, 4).unflatten(3, (tiles, -1))  # (batch, kv_heads, group, tiles, queries of a tile, head_dim)
+    tiled = query.flatten(3, 4).unflatten(
+        3, (tiles, -1)
+    )  # (batch, kv_heads, group, tiles, queries of a tile, head_dim)
     # the query heads of a KV head stand one after the other in a tile's queries
     rotated = rotary.rotate(tiled, position).transpose(2, 3).flatten(3, 4)
-    position, first = (x.unsqueeze(1).repeat(1, 1, 1, query.shape[2]) for x in (groups.window_position, groups.window_first))
+    position, first = (
+        x.unsqueeze(1).repeat(1, 1, 1, query.shape[2]) for x in (groups.window_position, groups.window_first)
+    )
     output, lse = attend_window(rotated, key, value.flatten(-3, -2), position, first, block_size, scale)
     output = output.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     lse = lse.unflatten(3, (query.shape[2], -1)).transpose(2, 3)

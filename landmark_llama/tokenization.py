@@ -1,8 +1,9 @@
 """The landmark token: adding it to a tokenizer, inserting and stripping it, plain and landmarked coordinates.
 
 A block is `block_size - 1` ordinary tokens and then one landmark. *Plain* coordinates count ordinary tokens,
-*landmarked* coordinates count landmarks too: ordinary token `t` sits at landmarked position `t + t // (block_size - 1)`.
-A block's landmark belongs to its last ordinary token, so `n` ordinary tokens always mean `n // (block_size - 1)` landmarks.
+*landmarked* coordinates count landmarks too: ordinary token `t` sits at landmarked position `t + t // (block_size -
+1)`. A block's landmark belongs to its last ordinary token, so `n` ordinary tokens always mean `n // (block_size - 1)`
+landmarks.
 """
 
 from __future__ import annotations

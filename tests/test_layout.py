@@ -16,9 +16,7 @@ def test_rows_lie_from_their_first_real_token_on_whatever_is_padded(
         real = torch.rand(4, 11, generator=generator) > 0.4
         real[3] = False
         before = torch.randint(0, 9, (4,), generator=generator)
-        layout = lay_out(
-            real, None, before, block_size=block_size, predict_from_landmark=predict_from_landmark
-        )
+        layout = lay_out(real, None, before, block_size=block_size, predict_from_landmark=predict_from_landmark)
         for row in range(4):
             expected, speaks = [], {}
             seen = int(before[row])

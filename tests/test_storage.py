@@ -69,22 +69,21 @@ def test_room_that_was_never_written_is_finite() -> None:
 
 @pytest.mark.slow
 def test_no_step_of_decoding_copies_the_whole_memory() -> None:
-    model, cache = tiny_model(), None
-    cache = LandmarkCache(model.config)
+    model, cache = tiny_model(), LandmarkCache(tiny_model().config)
     with torch.no_grad():
         model(random_ids(1, 30), past_key_values=cache)
         storage = cache.layers[1].storage
         grown, before = [], (storage.key.data_ptr(), storage.value.data_ptr(), storage.landmark.data_ptr())
-        for step in range(600):
+        for step in range(250):
             model(random_ids(1, 1, seed=step), past_key_values=cache)
             now = (storage.key.data_ptr(), storage.value.data_ptr(), storage.landmark.data_ptr())
             if now != before:
                 grown.append(storage.capacity)
                 before = now
-    # 630 tokens take 210 blocks; capacity doubles: 16 (or 10), 32, 64, 128, 256 blocks
-    assert 1 <= len(grown) <= 6
+    # 280 tokens take 94 blocks; capacity doubles from the 10 of the first call
+    assert 1 <= len(grown) <= 4
     assert all(later >= 2 * earlier for earlier, later in zip(grown, grown[1:], strict=False))
-    assert storage.capacity <= 2 * 210
+    assert storage.capacity <= 2 * 94
 
 
 def test_landmarks_are_read_without_a_copy() -> None:

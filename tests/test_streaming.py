@@ -60,7 +60,7 @@ SHAPES = {
     "no_local_block": {"num_local_blocks": 0},
     "one_local_block": {"num_local_blocks": 1, "num_retrieved_blocks": 3},
     "window_that_divides_nothing": {"train_context_length": 31, "max_position_embeddings": 31},
-    "one_token_blocks": {"block_size": 2, "train_context_length": 16},
+    "one_token_blocks": {"block_size": 2, "train_context_length": 14},
     "odd_blocks": {"block_size": 5, "train_context_length": 33},
     "multi_head": {"num_key_value_heads": 4},
     "one_kv_head": {"num_key_value_heads": 1},
@@ -190,6 +190,8 @@ def test_rounding_noise_chooses_no_block_in_the_first_layer(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def observe(rotated: Tensor, landmarks: Tensor, candidates: Tensor, valid: Tensor, **settings: Any) -> Choice:
+        if len(seen) % 2 == 0:  # the first of two layers: noise as larger shapes and other devices make it
+            landmarks = landmarks * (1 + 1e-6 * torch.randn(landmarks.shape))
         choice = choose_blocks(rotated, landmarks, candidates, valid, **settings)
         seen.append((choice.block, candidates[:, None, None, :, None, None]))
         return choice
@@ -197,7 +199,7 @@ def test_rounding_noise_chooses_no_block_in_the_first_layer(
     monkeypatch.setattr("landmark_llama.streaming.choose_blocks", observe)
     model = tiny_model(num_local_blocks=0, **settings_of(local_attention, granularity))
     logits_in_calls(model, random_ids(2, 140), [70, 1, 1, 1, 1, 1, 31])
-    first_layer, k = seen[:: model.config.num_hidden_layers], model.config.num_retrieved_blocks
+    first_layer, k = seen[::2], model.config.num_retrieved_blocks
     assert max(int(candidates.max()) for _, candidates in first_layer) > 40
     for block, candidates in first_layer:
         assert ((block >= candidates - 2 * k) | (block < 0)).all()

@@ -15,13 +15,14 @@ def landmark_attention(
 ) -> Tensor:
     """Causal landmark attention.
 
-    Every `block_size`-th key is the landmark of its block. A query attends to the ordinary tokens of its own block up to
-    itself, and to those of each earlier block with the weight that it gives to the block's landmark; a landmark itself
-    has no value (Mohtashami & Jaggi 2023, section 3.1; `docs/attention.md`).
+    Every `block_size`-th key is the landmark of its block. A query attends to the ordinary tokens of its own block
+    up to itself, and to those of each earlier block with the weight that it gives to the block's landmark; a
+    landmark itself has no value (Mohtashami & Jaggi 2023, section 3.1; `docs/attention.md`).
 
     Args:
         query: (batch, heads, query_length, head_dim), aligned with the last `query_length` keys.
-        key, value: (batch, kv_heads, key_length, head_dim); `heads` a multiple of `kv_heads`, key_length >= query_length.
+        key, value: (batch, kv_heads, key_length, head_dim); `heads` a multiple of `kv_heads`, key_length >=
+            query_length.
         block_size: positions of a block, its landmark included (>= 2).
         scale: factor of the scores; by default `head_dim ** -0.5`.
 
@@ -46,11 +47,15 @@ def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
                 f"got {x.dtype} of shape {tuple(x.shape)}"
             )
         if x.dtype != query.dtype or x.device != query.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, query is {query.dtype} on {query.device}: make them equal")
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, query is {query.dtype} on {query.device}: make them equal"
+            )
     if key.shape != value.shape:
         raise ValueError(f"value: shape {tuple(value.shape)} differs from that of key, {tuple(key.shape)}")
     if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
-        raise ValueError(f"key: batch and head_dim of shape {tuple(key.shape)} differ from query's {tuple(query.shape)}")
+        raise ValueError(
+            f"key: batch and head_dim of shape {tuple(key.shape)} differ from query's {tuple(query.shape)}"
+        )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"query has {query.shape[1]} heads: not a multiple of key's {key.shape[1]}")
     if query.shape[2] > key.shape[2]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-QUERY_TILE = 64  # positions of a query tile, rounded to whole blocks: small enough to skip most of what causality zeroes
+# positions of a query tile, rounded to whole blocks: small enough to skip most of what causality zeroes
+QUERY_TILE = 64
 
 
 def blockwise_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
@@ -39,8 +40,8 @@ def attend_window(
         first: (..., queries): the first block of the window that each query sees.
 
     Returns:
-        The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group: what the
-        window weighs when blocks from elsewhere are merged in. Both in the computing dtype.
+        The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group:
+        what the window weighs when blocks from elsewhere are merged in. Both in the computing dtype.
     """
     query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
     scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
@@ -121,8 +122,8 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
 class _Tiles:
     """Query tiles of one attention call, with the key blocks that each can see.
 
-    `query`: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that share a KV head
-    stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks, head_dim).
+    `query`: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that share a
+    KV head stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks, head_dim).
     """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
@@ -176,8 +177,9 @@ def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -
         first: (..., queries): the first block that each query sees; by default block 0.
 
     Returns:
-        weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the weights,
-        (..., queries, blocks), -inf for blocks that are not seen; the logsumexp of the own group, (..., queries).
+        weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the
+        weights, (..., queries, blocks), -inf for blocks that are not seen; the logsumexp of the own group, (...,
+        queries).
     """
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
@@ -207,9 +209,10 @@ def _mask_(scores: Tensor, position: Tensor) -> Tensor:
     block_size = scores.shape[-1]
     scores[..., -1] = -torch.inf
     first = int(position.min()) // block_size
-    own = torch.arange(first, scores.shape[-2], device=scores.device).unsqueeze(-1) == (position // block_size)[
-        ..., None, None
-    ]
+    own = (
+        torch.arange(first, scores.shape[-2], device=scores.device).unsqueeze(-1)
+        == (position // block_size)[..., None, None]
+    )
     later = torch.arange(block_size, device=scores.device) > (position % block_size)[..., None, None]
     scores[..., first:, :].masked_fill_(own & later, -torch.inf)
     return landmark
@@ -221,7 +224,8 @@ def _grad_scores_(
     """Weights and the gradient of the scores, in place of `scores` and `grad_weights`.
 
     With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark and `D` the row's mean gradient:
-    `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`, `G dG = sum P dP`.
+    `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`,
+    `G dG = sum P dP`.
     """
     _mask_(scores, position)
     block = torch.arange(scores.shape[-2], device=scores.device)

@@ -1,8 +1,9 @@
 """Landmark attention as it is defined, in a few lines of PyTorch: what every faster form is tested against.
 
-Scores `s[i, j] = scale * q_i . k_j`. A query in block `b` has one softmax, its *own group*, over the ordinary tokens of its
-block up to itself and the landmarks of the earlier blocks; each earlier block has one softmax over its ordinary tokens, and
-its share of the row is the own-group weight of its landmark. Written as one softmax over ordinary tokens `j` of block `c`:
+Scores `s[i, j] = scale * q_i . k_j`. A query in block `b` has one softmax, its *own group*, over the ordinary tokens
+of its block up to itself and the landmarks of the earlier blocks; each earlier block has one softmax over its ordinary
+tokens, and its share of the row is the own-group weight of its landmark. Written as one softmax over ordinary tokens
+`j` of block `c`:
 
     own block:      s[i, j]
     earlier block:  s[i, j] - logsumexp_{j' in c} s[i, j'] + s[i, landmark(c)]
@@ -24,7 +25,8 @@ def landmark_attention_reference(
 
     Args:
         query: (batch, heads, query_length, head_dim); aligned with the last `query_length` keys.
-        key, value: (batch, kv_heads, key_length, head_dim); a landmark at the last position of each block of `block_size`.
+        key, value: (batch, kv_heads, key_length, head_dim); a landmark at the last position of each block of
+            `block_size`.
         block_size: positions of a block, its landmark included.
         scale: factor of the scores; by default `head_dim ** -0.5`.
 

@@ -12,8 +12,8 @@ class RotaryTable(NamedTuple):
     """Cosines and sines of the angles of positions 0 .. length - 1.
 
     `cos`, `sin`: (length, head_dim / 2), fp32, of unit length.
-    `scaling`: factor that the RoPE type puts on queries and on keys. It is left to the scale of the scores, so that a key
-        may be rotated twice: by its offset inside its block, then by its block's slot.
+    `scaling`: factor that the RoPE type puts on queries and on keys. It is left to the scale of the scores, so that a
+        key may be rotated twice: by its offset inside its block, then by its block's slot.
     """
 
     cos: Tensor
@@ -40,4 +40,3 @@ class RotaryTable(NamedTuple):
         """The same table on `device` (the signature that accelerate's device hooks call)."""
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
         return RotaryTable(cos, sin, self.scaling)
-
