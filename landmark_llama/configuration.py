@@ -86,8 +86,8 @@ class LandmarkLlamaConfig(LlamaConfig):
         if room < needed:
             raise ValueError(
                 f"num_retrieved_blocks={retrieved}, num_local_blocks={local}: a window of {retrieved} + 1 prefix "
-                f"blocks, {needed} direct ones and the own one takes {(retrieved + needed + 2) * self.block_size} positions of "
-                f"train_context_length={self.train_context_length} (block_size={self.block_size}): "
+                f"blocks, {needed} direct ones and the own one takes {(retrieved + needed + 2) * self.block_size} "
+                f"positions of train_context_length={self.train_context_length} (block_size={self.block_size}): "
                 "retrieve or keep fewer blocks, or use smaller ones"
             )
         if attention == "chunked":

@@ -98,6 +98,6 @@ def find_landmarks(
         row, position = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"input_ids, row {row}, position {position}: a landmark token ({landmark_token_id}) stands where none "
-            f"belongs; landmarks come after every {block_size - 1} ordinary tokens of a row, and the model sets them itself"
+            f"belongs; landmarks come after every {block_size - 1} ordinary tokens of a row, and the model sets them"
         )
     return landmark

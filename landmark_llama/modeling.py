@@ -291,7 +291,7 @@ class LandmarkLlamaModel(LlamaModel):
                 row, position = wrong.nonzero()[0].tolist()
                 raise ValueError(
                     f"input_ids, row {row}, position {position}: token id {int(input_ids[row, position])} is outside "
-                    f"the vocabulary of {self.config.vocab_size} tokens: was the text encoded with this model's tokenizer?"
+                    f"the vocabulary of {self.config.vocab_size} tokens: was it encoded with this model's tokenizer?"
                 )
         if attention_mask is not None and (
             attention_mask.dim() != 2
