@@ -62,6 +62,7 @@ def rotate_to_distances(query: Tensor, position: Tensor, k: int, block_size: int
     return rotary.rotate(rotary.rotate(query, position[:, None, None]).unsqueeze(-2), distance * block_size)
 
 
+@torch.no_grad()
 def choose_blocks(
     rotated: Tensor,
     landmarks: Tensor,
@@ -84,84 +85,75 @@ def choose_blocks(
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
     """
-    landmarks = landmarks.to(rotated.dtype)
-    shown = 1 if landmarks_tie else landmarks.shape[2]
-    step = max(1, SCORES_AT_ONCE // (rotated[:, :, :, 0, :, 0, 0].numel() * shown))
+    k = rotated.shape[-2] - 1
+    # k columns of nothing in front: every group's last k candidates then have columns, also where there are fewer
+    landmarks = torch.nn.functional.pad(landmarks.to(rotated.dtype), (0, 0, k, 0))
+    ends = candidates.amax(0).clamp_min(1).tolist()
+    scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
-    for first in range(0, rotated.shape[3], step):
-        part = slice(first, first + step)
-        scores = _Scores.of(rotated[:, :, :, part], landmarks, candidates[:, part], landmarks_tie)
-        if granularity != "token_and_head":
-            scores = scores.shared(valid[:, part], granularity)
-        parts.append(scores.best())
+    first = 0
+    while first < len(ends):
+        columns = k + (k if landmarks_tie else ends[first])
+        part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
+        shown = landmarks[:, :, : k + max(ends[part])]  # later ones are nobody's candidates
+        parts.append(
+            _choose(rotated[:, :, :, part], shown, candidates[:, part], valid[:, part], granularity, landmarks_tie)
+        )
+        first = part.stop
     block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
-    return Choice(block, block >= (candidates - block.shape[-1])[:, None, None, :, None, None])
+    return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
 
 
-class _Scores(NamedTuple):
-    """Landmark scores of some groups of queries, -inf where there is no candidate.
-
-    older: (..., queries, blocks): the candidates before the last k, by block; where all landmarks tie, (...,
-        queries, 1).
-    recent: (..., queries, k): the last k candidates.
-    n: (batch, 1, 1, groups, 1, 1): number of candidates.
-    """
-
-    older: Tensor
-    recent: Tensor
-    n: Tensor
-    tie: bool
-
-    @classmethod
-    def of(cls, rotated: Tensor, landmarks: Tensor, candidates: Tensor, tie: bool) -> _Scores:
-        """Older candidates are all scored at distance k + 1, the last k each at its own."""
-        k = rotated.shape[-2] - 1
-        recent_block = candidates.unsqueeze(-1) + torch.arange(-k, 0, device=rotated.device)  # (batch, groups, k)
-        n = candidates[:, None, None, :, None, None]
-        farthest, recent_query = rotated[..., 0, :], rotated[..., 1:, :]
+def _choose(
+    rotated: Tensor, landmarks: Tensor, candidates: Tensor, valid: Tensor, granularity: str, tie: bool
+) -> Tensor:
+    """The blocks of `Choice` for some groups; `landmarks` with k columns of nothing in front."""
+    k = rotated.shape[-2] - 1
+    n = candidates[:, None, None, :, None, None]
+    scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)
+    if granularity != "token_and_head":
+        # where all landmarks tie, each of the older columns stands for some of the n - k older candidates
+        weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
         if tie:
-            landmark = landmarks[:, :, None, None, None, 0]
-            older = torch.linalg.vecdot(farthest, landmark).unsqueeze(-1).masked_fill(n <= k, -torch.inf)
-            recent = torch.linalg.vecdot(recent_query, landmark.unsqueeze(-2))
-        else:
-            older = (farthest.flatten(2, 4) @ landmarks.transpose(-1, -2)).unflatten(2, farthest.shape[2:-1])
-            edge = max(0, int(candidates.min()) - k)
-            block = torch.arange(edge, landmarks.shape[2], device=rotated.device)
-            older[..., edge:].masked_fill_(block >= n - k, -torch.inf)
-            row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
-            key = landmarks[row, :, recent_block.clamp_min(0)]  # (batch, groups, k, kv_heads, head_dim)
-            recent = torch.linalg.vecdot(recent_query, key.permute(0, 3, 1, 2, 4)[:, :, None, :, None])
-        return cls(older, recent.masked_fill((recent_block < 0)[:, None, None, :, None], -torch.inf), n, tie)
-
-    def shared(self, valid: Tensor, granularity: str) -> _Scores:
-        """Log of the softmax over the candidates, maximum over those that share a choice."""
-        k = self.recent.shape[-1]
-        older_norm = self.older.logsumexp(-1, keepdim=True)
-        if self.tie:  # one column stands for all n - k
-            older_norm = older_norm + (self.n - k).clamp_min(1).log()
-        norm = torch.logaddexp(older_norm, self.recent.logsumexp(-1, keepdim=True))
-        norm.masked_fill_(norm == -torch.inf, 0.0)
+            scores[..., :k] += weight
+        scores = scores.log_softmax(-1)
+        if tie:
+            scores[..., :k] -= weight
         if granularity == "head":
-            norm.masked_fill_(~valid[:, None, None, ..., None], torch.inf)
-        dim = (4,) if granularity == "head" else (1, 2)
-        older, recent = ((x - norm).amax(dim, keepdim=True) for x in (self.older, self.recent))
-        return _Scores(older, recent, self.n, self.tie)
+            scores.masked_fill_(~valid[:, None, None, ..., None], -torch.inf)
+        scores = scores.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
+        scores.masked_fill_(n == 0, -torch.inf)
+    value, column = top_latest(scores, k)
+    return (column + block_of_first).masked_fill(value == -torch.inf, -1).sort(-1).values
 
-    def best(self) -> Tensor:
-        """The k best blocks (..., queries, k), ascending, -1 first where there are fewer."""
-        k = self.recent.shape[-1]
-        back = torch.arange(-k, 0, device=self.recent.device)
-        if self.tie:
-            older_block = self.n - k + back
-            older = self.older.masked_fill(older_block < 0, -torch.inf).expand(*self.recent.shape)
-        else:
-            missing = max(0, k + 1 - self.older.shape[-1])
-            older, older_block = top_latest(torch.nn.functional.pad(self.older, (missing, 0), value=-torch.inf), k)
-            older_block, order = (older_block - missing).sort(-1)
-            older = older.gather(-1, order)
-        value, column = top_latest(torch.cat([older, self.recent], dim=-1), k)
-        block = torch.cat([older_block.expand_as(older), (self.n + back).expand_as(self.recent)], dim=-1)
-        return block.gather(-1, column).masked_fill(value == -torch.inf, -1).sort(-1).values
+
+def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Tensor, int]:
+    """Scores (..., queries, columns) and the block of column 0; -inf where there is no candidate.
+
+    Older candidates are all scored at distance k + 1, the last k each at its own.
+    """
+    k = rotated.shape[-2] - 1
+    farthest = rotated[..., 0, :]
+    scores = (farthest.flatten(2, 4) @ landmarks.transpose(-1, -2)).unflatten(2, farthest.shape[2:-1])
+    scores[..., :k] = -torch.inf
+    edge = int(candidates.min()) + k
+    column = torch.arange(edge, scores.shape[-1], device=rotated.device)
+    scores[..., edge:].masked_fill_(column >= candidates[:, None, None, :, None, None] + k, -torch.inf)
+    recent = candidates.unsqueeze(-1) + torch.arange(k, device=rotated.device)  # columns (batch, groups, k)
+    row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
+    key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
+    value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
+    recent = recent[:, None, None, :, None]
+    return scores.scatter_(-1, recent.expand_as(value), value.masked_fill(recent < k, -torch.inf)), -k
+
+
+def _tied_scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_scores` where all landmark keys are the same: of the older candidates only the last k can be chosen."""
+    k = rotated.shape[-2] - 1
+    scores = torch.linalg.vecdot(rotated, landmarks[:, :, None, None, None, k, None])
+    first = candidates[:, None, None, :, None, None] - 2 * k
+    scores = torch.cat([scores[..., :1].expand(*scores.shape[:-1], k), scores[..., 1:]], dim=-1)
+    return scores.masked_fill(first + torch.arange(2 * k, device=rotated.device) < 0, -torch.inf), first
 
 
 def top_latest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
