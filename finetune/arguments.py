@@ -78,15 +78,14 @@ class DataArguments:
     )
     corpus_documents: int = field(default=20_000, metadata={"help": "embedded: documents in all"})
     corpus_retrieval_share: float = field(default=0.9, metadata={"help": "embedded: share of retrieval documents"})
-    corpus_retrieval_characters: int = field(default=1100, metadata={"help": "embedded: longest retrieval document"})
+    corpus_retrieval_characters: list[int] = field(
+        default_factory=lambda: [80, 1000], metadata={"help": "embedded: shortest and longest retrieval document"}
+    )
     corpus_copy_share: float = field(
         default=0.1, metadata={"help": "embedded: share of the retrieval documents that only say something twice"}
     )
-    corpus_ask_all_share: float = field(
-        default=0.0, metadata={"help": "embedded: share of the texts with hidden numbers that ask for all of them"}
-    )
     corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
-    vocabulary_size: int = field(default=1024, metadata={"help": "pieces of the `embedded` tokenizer"})
+    vocabulary_size: int = field(default=1536, metadata={"help": "pieces of the `embedded` tokenizer"})
 
 
 @dataclass
@@ -192,3 +191,6 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Non
         raise UserError(f"--context_length {data.context_length}: a row must hold two blocks or more")
     if not 0 < data.heldout_share < 1:
         raise UserError(f"--heldout_share {data.heldout_share}: must lie between 0 and 1")
+    characters = data.corpus_retrieval_characters
+    if len(characters) != 2 or not 0 < characters[0] <= characters[1]:
+        raise UserError(f"--corpus_retrieval_characters {characters}: give the shortest and the longest document")

@@ -76,9 +76,8 @@ def common_words(documents: list[dict], minimum_count: int = 5) -> list[str]:
 def make_corpus(
     documents: int,
     retrieval_share: float = 0.9,
-    retrieval_characters: int = 1100,
+    retrieval_characters: tuple[int, int] = (80, 1000),
     copy_share: float = 0.1,
-    ask_all_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """Makes `documents` documents and returns them as `(train, heldout)`, shuffled and without a text in common.
@@ -86,9 +85,8 @@ def make_corpus(
     Args:
         documents: how many in all, held-out ones included.
         retrieval_share: share of retrieval documents; the rest is real text, used again when there is too little of it.
-        retrieval_characters: length of the longest retrieval documents; shorter ones are made down to a few lines.
+        retrieval_characters: length of the shortest and of the longest retrieval documents, about.
         copy_share: share of the retrieval documents that only say something twice: what a new model has to learn first.
-        ask_all_share: share of the texts with hidden numbers that ask for all of them: more to learn from a row.
         seed: of every choice.
     """
     rng = random.Random(seed)
@@ -108,13 +106,7 @@ def make_corpus(
         writer = RetrievalWriter(rng, words, [document["text"] for document in own_prose])
         made = [_sample(own_prose, count - retrieval_count, rng), []]
         while len(made[1]) < retrieval_count:
-            # Short ones teach quickly, long ones teach the distance: half and half.
-            low, high = (
-                (80, retrieval_characters // 3)
-                if rng.random() < 0.5
-                else (retrieval_characters // 3, retrieval_characters)
-            )
-            text = writer.document(rng.randint(min(low, high), high), copy_share, ask_all_share)
+            text = writer.document(rng.randint(*retrieval_characters), copy_share)
             if text not in seen and not holds_reserved_number(text):
                 seen.add(text)
                 made[1].append(_document(text, "retrieval", "retrieval"))
@@ -135,9 +127,8 @@ def write_corpus(
     folder: Path,
     documents: int,
     retrieval_share: float = 0.9,
-    retrieval_characters: int = 1100,
+    retrieval_characters: tuple[int, int] = (80, 1000),
     copy_share: float = 0.1,
-    ask_all_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[Path, Path]:
     """Writes `train.jsonl` and `heldout.jsonl` to `folder`; returns their paths. Settings as in `make_corpus`.
@@ -146,7 +137,7 @@ def write_corpus(
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = corpus_files(folder)
-    splits = make_corpus(documents, retrieval_share, retrieval_characters, copy_share, ask_all_share, seed)
+    splits = make_corpus(documents, retrieval_share, retrieval_characters, copy_share, seed)
     for path, split in zip(paths, splits, strict=True):
         partial = path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as file:
@@ -173,8 +164,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--retrieval_share", type=float, default=0.9)
     parser.add_argument("--copy_share", type=float, default=0.1)
-    parser.add_argument("--ask_all_share", type=float, default=0.0)
-    parser.add_argument("--retrieval_characters", type=int, default=1100)
+    parser.add_argument(
+        "--retrieval_characters", type=int, nargs=2, default=(80, 1000), metavar=("SHORTEST", "LONGEST")
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     for path in write_corpus(options.pop("output"), **options):

@@ -99,9 +99,8 @@ def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
         folder,
         data.corpus_documents,
         retrieval_share=data.corpus_retrieval_share,
-        retrieval_characters=data.corpus_retrieval_characters,
+        retrieval_characters=tuple(data.corpus_retrieval_characters),
         copy_share=data.corpus_copy_share,
-        ask_all_share=data.corpus_ask_all_share,
         seed=data.corpus_seed,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 # Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
 # (`eval_passkey.task.is_benchmark_key` says the same; a test compares the two).
 BENCHMARK_KEY_DIVISOR, BENCHMARK_KEY_REMAINDER = 7, 3
+REGISTER_SHARE = 0.2  # of what is not a copy
 WORDING = Path(__file__).parent / "corpus_wording.json"
 _FIVE_DIGITS = re.compile(r"(?=([1-9][0-9]{4}))")
 
@@ -43,20 +44,15 @@ class RetrievalWriter:
         self.rng, self.words, self.prose = rng, words, prose
         self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
 
-    def document(self, characters: int, copy_share: float, ask_all_share: float = 0.0) -> str:
+    def document(self, characters: int, copy_share: float) -> str:
         """A document of about `characters` characters: numbers hidden in a long text, a register of them, or a copy.
-
-        `ask_all_share` of the texts with hidden numbers ask for all of them, mostly in the words that stated them.
 
         Registers and copies are made of little else than tokens that can be looked up. They teach a model how to look
         things up in a fraction of the time that the hidden numbers alone, a few digits in a long text, would take.
         """
         if self.rng.random() < copy_share:
             return self._copy(characters)
-        if self.rng.random() < 0.3:
-            return self._register(characters)
-        # no draw where it decides nothing: a corpus without such documents stays what it was
-        return self._hidden(characters, ask_all=bool(ask_all_share) and self.rng.random() < ask_all_share)
+        return self._register(characters) if self.rng.random() < REGISTER_SHARE else self._hidden(characters)
 
     def _copy(self, characters: int) -> str:
         """Any words and numbers, and the same again."""
@@ -81,32 +77,26 @@ class RetrievalWriter:
         lines += [self._fill(asking, x=name, k=number, t=thing) for name, number in again]
         return rng.choice((" ", "\n", "\n")).join(lines)
 
-    def _hidden(self, characters: int, ask_all: bool = False) -> str:
-        """One or more numbers in a text that is beside the point, and questions for some or all of them."""
+    def _hidden(self, characters: int) -> str:
+        """One or more numbers in a text that is beside the point, and then a question for each of them."""
         rng = self.rng
-        many = rng.random() < 0.6
-        count = 1 if not many else rng.randint(2, max(2, min(8, characters // 60)))
-        names = self._names(count)
+        count = 1 if rng.random() < 0.4 else rng.randint(2, max(2, min(8, characters // 60)))
         thing = self._thing()
-        facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in names]
-        # In half of the documents all numbers are stated in the same words, so that the name alone tells them apart.
-        statements = [self._statement() for _ in facts]
-        if ask_all or rng.random() < 0.5:
-            statements = [statements[0]] * count
+        facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in self._names(count)]
+        # Mostly all numbers are stated in the same words, so that the name alone tells them apart.
+        statements = [self._statement()] * count if rng.random() < 0.8 else [self._statement() for _ in facts]
         lines = self._haystack(max(characters - 90 * count, 0))
-        for (name, number, what), shape in zip(facts, statements, strict=True):
-            lines.insert(rng.randint(0, len(lines)), self._state(shape, name, number, what))
+        for fact, shape in zip(facts, statements, strict=True):
+            lines.insert(rng.randint(0, len(lines)), self._state(shape, *fact))
         if rng.random() < 0.6:
             name, _, what = rng.choice(facts)
             lines.insert(0, self._fill(self._pick("introductions"), x=name, t=what))
-        asked = rng.sample(range(count), count if ask_all else rng.randint(1, min(count, 4)))
-        for i in asked:
-            # A sentence asks only if it names the name before the number.
-            repeated = rng.random() < (0.75 if ask_all else 0.4) and statements[i].find("{x}") < statements[i].find(
-                "{k}"
+        for i in rng.sample(range(count), count):
+            # A sentence asks only if it has the name before the number.
+            asks = statements[i].find("{x}") < statements[i].find("{k}")
+            lines.append(
+                self._state(statements[i] if asks and rng.random() < 0.75 else self._pick("questions"), *facts[i])
             )
-            shape = statements[i] if repeated else self._pick("questions")
-            lines.append(self._state(shape, *facts[i]))
         return rng.choice((" ", " ", "\n")).join(lines)
 
     def _statement(self) -> str:

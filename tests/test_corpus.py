@@ -134,7 +134,15 @@ def test_the_fast_tokenizer_gives_the_ids_of_sentencepiece_on_web_text(processor
             assert encoded == [processor.bos_id(), *processor.encode(text)], file.name
 
 
-def test_numbers_are_split_into_digits_and_no_end_of_sequence_is_added(processor) -> None:
+@pytest.mark.parametrize("number", ["7", "42", "902", "90210", "1234567"])
+def test_numbers_stand_in_pairs_of_digits_whatever_is_around_them(processor, number: str) -> None:
     tokenizer = to_fast_tokenizer(processor, model_max_length=512)
-    tokens = tokenizer("is 90210").tokens()
-    assert tokens[0] == "<s>" and tokens[-5:] == list("90210")
+    pairs = [number[i : i + 2] for i in range(0, len(number), 2)]
+    for before, after in ((" ", ""), ("x", "."), ("(", ")"), ("\n", " ")):
+        tokens = tokenizer(f"is{before}{number}{after}").tokens()
+        assert [token for token in tokens if token.isdigit()] == pairs
+
+
+def test_no_end_of_sequence_is_added(processor) -> None:
+    tokens = to_fast_tokenizer(processor, model_max_length=512)("is").tokens()
+    assert tokens[0] == "<s>" and "</s>" not in tokens

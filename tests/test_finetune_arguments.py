@@ -66,6 +66,8 @@ def test_a_key_or_value_that_cannot_be_is_named(text: str, message: str, config:
         (["--block_size", "1"], "--block_size 1: a block needs at least one token"),
         (["--block_size", "32", "--context_length", "40"], "--context_length 40: a row must hold two blocks"),
         (["--heldout_share", "1.5"], "--heldout_share 1.5: must lie between 0 and 1"),
+        (["--corpus_retrieval_characters", "500"], "--corpus_retrieval_characters [500]: give the shortest and the"),
+        (["--corpus_retrieval_characters", "500", "90"], "--corpus_retrieval_characters [500, 90]: give the"),
         (["--tokenizer_name", "embedded"], "--tokenizer_name embedded needs --data embedded"),
         (["--warmup_steps", "-1"], "warmup_steps"),
     ],

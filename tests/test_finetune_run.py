@@ -30,7 +30,7 @@ STEPS = 6
 def data(tmp_path_factory) -> Path:
     """A folder of documents, as JSONL."""
     folder = tmp_path_factory.mktemp("data")
-    write_corpus(folder, 120, retrieval_characters=300)
+    write_corpus(folder, 120, retrieval_characters=(80, 300))
     return folder
 
 
