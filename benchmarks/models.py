@@ -24,7 +24,7 @@ class ModelArguments:
     model: str | None = field(
         default=None, metadata={"help": "Folder of a landmark checkpoint, instead of random weights of a shape."}
     )
-    vocab_size: int = field(default=1024, metadata={"help": "Tokens, the landmark included."})
+    vocab_size: int = field(default=1537, metadata={"help": "Tokens, the landmark included."})
     hidden_size: int = field(default=128, metadata={"help": "Width."})
     intermediate_size: int = field(default=344, metadata={"help": "Width inside the feed-forward part."})
     layers: int = field(default=3, metadata={"help": "Layers."})
@@ -34,9 +34,7 @@ class ModelArguments:
     block_size: int = field(default=16, metadata={"help": "Positions of a block, its landmark included."})
     train_context_length: int = field(default=256, metadata={"help": "Landmarked positions of a window."})
     num_retrieved_blocks: int = field(default=4, metadata={"help": "Blocks that a query retrieves."})
-    num_local_blocks: int | None = field(
-        default=None, metadata={"help": "Blocks before its own that a query reads directly; by default as many as fit."}
-    )
+    num_local_blocks: int = field(default=2, metadata={"help": "Blocks before its own that a query reads directly."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
     threads: int = field(default=0, metadata={"help": "Threads on a CPU; 0: as many as PyTorch takes by itself."})

@@ -35,6 +35,7 @@ class LandmarkLlamaConfig(LlamaConfig):
         By default `max_position_embeddings`.
     num_retrieved_blocks: k, blocks that each query fetches from further back.
     num_local_blocks: blocks read directly before a query's own block (`"sliding"` only); by default as many as fit.
+        Fewer bring what is retrieved nearer (`docs/positions.md`).
     local_attention: `"sliding"`, or `"chunked"` for the paper's protocol.
     retrieval_granularity: who shares a choice of blocks: nobody (`"token_and_head"`), the queries of a block
         (`"head"`), or the heads of a token (`"token"`).
