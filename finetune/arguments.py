@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,11 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
 
     def __post_init__(self) -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if not torch.cuda.is_available():
+                self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
+            if self.ddp_find_unused_parameters is None:
+                self.ddp_find_unused_parameters = False  # there are none, and looking for them takes time
         super().__post_init__()
         if self.disable_tqdm is None or not sys.stderr.isatty():
             self.disable_tqdm = not sys.stderr.isatty()

@@ -174,7 +174,7 @@ class RetrievalWriter:
     def _number(self) -> str:
         """Three to seven digits, mostly five; never one that holds a reserved number."""
         while True:
-            digits = self.rng.choice((3, 4, 4, 5, 5, 5, 5, 6, 6, 7))
+            digits = self.rng.choice((3, 4, 5, 5, 5, 5, 5, 5, 6, 7))
             number = str(self.rng.randrange(10 ** (digits - 1), 10**digits))
             if not holds_reserved_number(number):
                 return number

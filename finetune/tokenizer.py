@@ -1,6 +1,6 @@
 """Trains a small SentencePiece tokenizer in LLaMA's way, and saves it as a Hugging Face tokenizer folder.
 
-    python finetune/tokenizer.py --data runs/corpus/train.jsonl --output runs/tokenizer --vocabulary_size 1024
+    python finetune/tokenizer.py --data runs/corpus/train.jsonl --output runs/tokenizer --vocabulary_size 1536
 
 LLaMA's way: byte-pair pieces, unknown characters as bytes, white space kept as it is, `<unk> <s> </s>` as ids 0, 1, 2,
 `<s>` in front of a text and no `</s>` behind it. Digits stand in pairs (LLaMA 2 has single ones, LLaMA 3 up to three a
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL files with a `text` field")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer")
-    parser.add_argument("--vocabulary_size", type=int, default=1024)
+    parser.add_argument("--vocabulary_size", type=int, default=1536)
     parser.add_argument("--model_max_length", type=int, default=512, help="in tokens")
     parser.add_argument("--max_documents", type=int, default=8000, help="how many documents to learn from")
     options = parser.parse_args()

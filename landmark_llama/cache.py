@@ -81,6 +81,11 @@ class LandmarkCache(Cache):
             )
         return self._real.sum(1)
 
+    def expect(self, positions: int) -> None:
+        """Announces that the longest row will soon hold `positions` landmarked positions."""
+        for layer in self.layers:
+            layer.storage.expect(-(-positions // self.block_size))
+
     def advance(self, real: Tensor) -> None:
         """Counts the columns of a call, once every layer has stored them. `real`: (batch, columns), boolean."""
         real = real.cpu()

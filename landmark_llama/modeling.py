@@ -31,8 +31,11 @@ from landmark_llama.streaming import QueryGroups, attend_through_table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TILE_QUERIES = 32  # at least, of those that share a window of keys
 CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
-GATHERED_ELEMENTS = 1 << 25  # most elements of keys that the windows of a chunk may take
+GATHERED_ELEMENTS = (
+    1 << 20
+)  # most elements of keys that the windows of a chunk may take: few, to stay in the cores' caches
 
 
 class _Chunk(NamedTuple):
@@ -197,6 +200,7 @@ class LandmarkLlamaModel(LlamaModel):
     ) -> Tensor:
         """States (batch, outputs, hidden_size) of the landmarked columns `output` (batch, outputs), through `cache`."""
         kept = torch.zeros(*output.shape, self.config.hidden_size, dtype=self.norm.weight.dtype, device=content.device)
+        cache.expect(int((layout.start + layout.length).max()))
         for chunk in self._chunks(layout, settings):
             groups = chunk.groups.to(content.device)
             begin = chunk.begin.to(content.device).unsqueeze(1)
@@ -232,8 +236,12 @@ class LandmarkLlamaModel(LlamaModel):
             yield _Chunk(begin - layout.start, length, groups)
 
     def _tile_blocks(self, settings: RetrievalSettings) -> int:
-        """Query blocks that share a window of keys: as many as keep the window inside the rotary table."""
-        return self.config.train_context_length // self.config.block_size - settings.num_direct_blocks
+        """Query blocks that share a window of keys.
+
+        More of them share more of what is gathered, and each sees less of it. All must fit the rotary table.
+        """
+        fitting = self.config.train_context_length // self.config.block_size - settings.num_direct_blocks
+        return min(fitting, max(settings.num_direct_blocks, -(-TILE_QUERIES // self.config.block_size)))
 
     def _chunk_blocks(self, layout: Layout, settings: RetrievalSettings) -> int:
         """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""

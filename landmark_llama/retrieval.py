@@ -18,7 +18,7 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 
-SCORES_AT_ONCE = 1 << 19  # scores held while choosing: few enough groups at a time to stay in the cores' caches
+SCORES_AT_ONCE = 1 << 20  # scores held while choosing: few enough groups at a time to stay in the cores' caches
 
 
 class Choice(NamedTuple):
@@ -119,7 +119,7 @@ def _choose(
         scores = scores.log_softmax(-1)
         if tie:
             scores[..., :k] -= weight
-        if granularity == "head":
+        if granularity == "head" and not valid.all():
             scores.masked_fill_(~valid[:, None, None, ..., None], -torch.inf)
         scores = scores.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
         scores.masked_fill_(n == 0, -torch.inf)

@@ -15,6 +15,9 @@ class BlockStorage(Protocol):
     well, because selection reads them all at each step while it reads only a few blocks.
     """
 
+    def expect(self, blocks: int) -> None:
+        """Announces that rows will soon hold `blocks` blocks, so that room for them is made once."""
+
     def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
         """Stores (batch, length, kv_heads, head_dim) at landmarked positions `start[row] ..`, growing where needed."""
 
@@ -29,18 +32,25 @@ class BlockStorage(Protocol):
 
 
 class DeviceStorage:
-    """Blocks in memory of one device, in the dtype of the first keys; capacity at least doubles when it grows."""
+    """Blocks in memory of one device, in the dtype of the first keys.
+
+    Room is made for what is announced and an eighth more; beyond that, capacity doubles when it grows.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.key: Tensor | None = None  # (batch, kv_heads, capacity, block_size, head_dim)
         self.value: Tensor | None = None
         self.landmark: Tensor | None = None  # (batch, kv_heads, capacity, head_dim)
+        self.expected = 0
 
     @property
     def capacity(self) -> int:
         """Blocks that a row can hold without growing."""
         return 0 if self.key is None else self.key.shape[2]
+
+    def expect(self, blocks: int) -> None:
+        self.expected = blocks + blocks // 8
 
     def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
         rows, length = key.shape[:2]
@@ -68,7 +78,9 @@ class DeviceStorage:
         # a window may reach past the last block of a short text; what it finds there is masked
         index = (owner * self.capacity + blocks.clamp_max(self.capacity - 1)).flatten()
         shape = (*torch.broadcast_shapes(owner.shape, blocks.shape), *self.key.shape[-2:])
-        return tuple(x.flatten(0, 2).index_select(0, index).view(shape) for x in (self.key, self.value))
+        return tuple(
+            x.view(-1, self.block_size * x.shape[-1]).index_select(0, index).view(shape) for x in (self.key, self.value)
+        )
 
     def select_rows(self, rows: Tensor) -> None:
         if self.key is not None:
@@ -82,7 +94,7 @@ class DeviceStorage:
         if blocks <= self.capacity:
             return
         rows, _, kv_heads, head_dim = like.shape
-        added = max(blocks - self.capacity, self.capacity, 8)
+        added = max(blocks, self.expected, 2 * self.capacity, 8) - self.capacity
         room = like.new_zeros(rows, kv_heads, added, self.block_size, head_dim)
         if self.key is None:
             self.key, self.value, self.landmark = room, room.clone(), room[..., 0, :].clone()

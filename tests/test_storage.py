@@ -86,6 +86,21 @@ def test_no_step_of_decoding_copies_the_whole_memory() -> None:
     assert storage.capacity <= 2 * 94
 
 
+def test_reading_a_long_prompt_makes_room_once_and_for_some_tokens_to_come(monkeypatch) -> None:
+    monkeypatch.setattr("landmark_llama.modeling.CHUNK_POSITIONS", 300)
+    model, cache = tiny_model(), LandmarkCache(tiny_model().config)
+    storage, capacities = cache.layers[0].storage, []
+    write = storage.write
+    storage.write = lambda *args: (write(*args), capacities.append(storage.capacity))
+    blocks = 400
+    with torch.no_grad():
+        model(random_ids(1, blocks * (model.config.block_size - 1)), past_key_values=cache)
+        for step in range(20):
+            model(random_ids(1, 1, seed=step), past_key_values=cache)
+    assert len(capacities) > 21, "the prompt must take several chunks for this test to mean anything"
+    assert set(capacities) == {blocks + blocks // 8}
+
+
 def test_landmarks_are_read_without_a_copy() -> None:
     storage, _, _ = filled([[24]])
     assert storage.landmarks(5).data_ptr() == storage.landmark.data_ptr()
