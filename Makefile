@@ -1,7 +1,7 @@
 # make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
 # make test    the whole test suite
 # make lint    ruff's checks
-# make base    makes finetune/tiny_base, the dense model that the demo starts from, anew
+# make base    trains a dense model like finetune/tiny_base, which the demo starts from, into runs/tiny_base_3_context
 # make clean   removes the demo's results and the virtual environment
 #
 # Each target sets itself up: a virtual environment in .venv with the versions of constraints.txt, made once and again

@@ -39,7 +39,7 @@ def base(tmp_path_factory, data: Path) -> Path:
     """A tiny dense LLaMA with random weights, and its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    tokenizer = to_fast_tokenizer(train_sentencepiece([json.loads(row)["text"] for row in rows], 400), 64)
+    tokenizer = to_fast_tokenizer(train_sentencepiece([json.loads(row)["text"] for row in rows], 500), 64)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
@@ -155,6 +155,23 @@ def test_a_killed_process_leaves_what_the_next_start_goes_on_from(
     assert checkpoints(tmp_path) and not (tmp_path / METRICS).exists()
     main(flags(base, data, tmp_path))
     assert same_weights(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_with_twice_the_batch(base: Path, data: Path, tmp_path: Path) -> None:
+    main(flags(base, data, tmp_path / "one", "--per_device_train_batch_size", "4"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run(
+        [*launch, str(ROOT / "finetune" / "run.py"), *flags(base, data, tmp_path / "two")],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    one, two = (json.loads((tmp_path / name / METRICS).read_text()) for name in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -310,7 +327,7 @@ def test_a_tokenizer_of_another_model_is_refused(base: Path, data: Path, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["one", "more"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="the tokenizer has 402 tokens, more than the 400 of"):
+    with pytest.raises(UserError, match="the tokenizer has 502 tokens, more than the 500 of"):
         main(flags(base, data, tmp_path / "out", "--tokenizer_name", str(tmp_path / "tokenizer")))
 
 
