@@ -18,7 +18,9 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 
-SCORES_AT_ONCE = 1 << 20  # scores held while choosing: few enough groups at a time to stay in the cores' caches
+SCORES_AT_ONCE = (
+    1 << 21
+)  # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 
 
 class Choice(NamedTuple):
@@ -86,16 +88,15 @@ def choose_blocks(
             decide.
     """
     k = rotated.shape[-2] - 1
-    # k columns of nothing in front: every group's last k candidates then have columns, also where there are fewer
-    landmarks = torch.nn.functional.pad(landmarks.to(rotated.dtype), (0, 0, k, 0))
+    landmarks = landmarks.to(rotated.dtype)
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
     first = 0
     while first < len(ends):
-        columns = k + (k if landmarks_tie else ends[first])
+        columns = 2 * k if landmarks_tie else k + ends[first]
         part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
-        shown = landmarks[:, :, : k + max(ends[part])]  # later ones are nobody's candidates
+        shown = landmarks[:, :, : max(ends[part])]  # later ones are nobody's candidates
         parts.append(
             _choose(rotated[:, :, :, part], shown, candidates[:, part], valid[:, part], granularity, landmarks_tie)
         )
@@ -107,7 +108,7 @@ def choose_blocks(
 def _choose(
     rotated: Tensor, landmarks: Tensor, candidates: Tensor, valid: Tensor, granularity: str, tie: bool
 ) -> Tensor:
-    """The blocks of `Choice` for some groups; `landmarks` with k columns of nothing in front."""
+    """The blocks of `Choice` for some groups."""
     k = rotated.shape[-2] - 1
     n = candidates[:, None, None, :, None, None]
     scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)
@@ -133,24 +134,29 @@ def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Ten
     Older candidates are all scored at distance k + 1, the last k each at its own.
     """
     k = rotated.shape[-2] - 1
+    fewest = int(candidates.min())
+    # with columns of nothing in front, a group's last k candidates have columns also where there are fewer
+    missing = max(0, k + 1 - fewest)
+    if missing:
+        landmarks = torch.nn.functional.pad(landmarks, (0, 0, missing, 0))
     farthest = rotated[..., 0, :]
     scores = (farthest.flatten(2, 4) @ landmarks.transpose(-1, -2)).unflatten(2, farthest.shape[2:-1])
-    scores[..., :k] = -torch.inf
-    edge = int(candidates.min()) + k
+    scores[..., :missing] = -torch.inf
+    edge = fewest + missing
     column = torch.arange(edge, scores.shape[-1], device=rotated.device)
-    scores[..., edge:].masked_fill_(column >= candidates[:, None, None, :, None, None] + k, -torch.inf)
-    recent = candidates.unsqueeze(-1) + torch.arange(k, device=rotated.device)  # columns (batch, groups, k)
+    scores[..., edge:].masked_fill_(column >= candidates[:, None, None, :, None, None] + missing, -torch.inf)
+    recent = candidates.unsqueeze(-1) + torch.arange(missing - k, missing, device=rotated.device)  # (batch, groups, k)
     row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
     key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
     value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
     recent = recent[:, None, None, :, None]
-    return scores.scatter_(-1, recent.expand_as(value), value.masked_fill(recent < k, -torch.inf)), -k
+    return scores.scatter_(-1, recent.expand_as(value), value.masked_fill(recent < missing, -torch.inf)), -missing
 
 
 def _tied_scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """As `_scores` where all landmark keys are the same: of the older candidates only the last k can be chosen."""
     k = rotated.shape[-2] - 1
-    scores = torch.linalg.vecdot(rotated, landmarks[:, :, None, None, None, k, None])
+    scores = torch.linalg.vecdot(rotated, landmarks[:, :, None, None, None, 0, None])
     first = candidates[:, None, None, :, None, None] - 2 * k
     scores = torch.cat([scores[..., :1].expand(*scores.shape[:-1], k), scores[..., 1:]], dim=-1)
     return scores.masked_fill(first + torch.arange(2 * k, device=rotated.device) < 0, -torch.inf), first
