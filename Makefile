@@ -1,7 +1,7 @@
 # make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
 # make test    the whole test suite
 # make lint    ruff's checks
-# make base    trains a dense model like finetune/tiny_base, which the demo starts from, into runs/tiny_base_3_context
+# make base    trains the dense model that the demo starts from (finetune/tiny_base), into runs/tiny_base_3_context
 # make clean   removes the demo's results and the virtual environment
 #
 # Each target sets itself up: a virtual environment in .venv with the versions of constraints.txt, made once and again
@@ -18,7 +18,6 @@ LENGTHS := 256 512 1024 2048 4096 8192 16384 32768
 
 # one process, and neither a question nor a warning about the settings that were not given
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
-ONE_PROCESS := --num_processes 1
 # Two processes of one thread train a small model half as fast again as one of two threads. (`--multi_gpu` is accelerate's
 # word for several processes on a machine, whether it has GPUs or not.)
 TWO_PROCESSES := --multi_gpu --num_processes 2
@@ -46,9 +45,12 @@ base: $(READY)
 	$(BIN)/python finetune/corpus.py --output runs/tiny_base_corpus \
 		--documents 8000 --retrieval_share 0.97 --retrieval_characters 80 600
 	$(BIN)/python finetune/tokenizer.py --data runs/tiny_base_corpus/train.jsonl --output runs/tiny_base_tokenizer
-	$(LAUNCH) $(ONE_PROCESS) finetune/run.py --config finetune/configs/tiny_base_1_copy.yaml --overwrite_output_dir
-	$(LAUNCH) $(ONE_PROCESS) finetune/run.py --config finetune/configs/tiny_base_2_lookup.yaml --overwrite_output_dir
-	$(LAUNCH) $(ONE_PROCESS) finetune/run.py --config finetune/configs/tiny_base_3_context.yaml --overwrite_output_dir
+	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny_base_1_copy.yaml \
+		--per_device_train_batch_size 16 --overwrite_output_dir
+	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny_base_2_lookup.yaml \
+		--per_device_train_batch_size 8 --overwrite_output_dir
+	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny_base_3_context.yaml \
+		--per_device_train_batch_size 4 --overwrite_output_dir
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO_REPORT)

@@ -12,7 +12,7 @@ from pathlib import Path
 # Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
 # (`eval_passkey.task.is_benchmark_key` says the same; a test compares the two).
 BENCHMARK_KEY_DIVISOR, BENCHMARK_KEY_REMAINDER = 7, 3
-REGISTER_SHARE = 0.2  # of what is not a copy
+REGISTER_SHARE = 0.3  # of what is not a copy
 WORDING = Path(__file__).parent / "corpus_wording.json"
 _FIVE_DIGITS = re.compile(r"(?=([1-9][0-9]{4}))")
 
