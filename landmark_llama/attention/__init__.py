@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+
+import torch
 from torch import Tensor
 
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
@@ -34,7 +39,26 @@ def landmark_attention(
     """
     _check(query, key, value, block_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda and _has_triton():
+        from landmark_llama.attention.fused import fused_landmark_attention, unsupported
+
+        if not unsupported(query):
+            return fused_landmark_attention(query, key, value, block_size, scale)
     return blockwise_landmark_attention(query, key, value, block_size, scale)
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return _find_triton()
+
+
+@functools.cache
+def _find_triton() -> bool:
+    """Whether Triton is installed; warns, once, if not."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn("triton is not installed: landmark attention on the GPU takes PyTorch's slow path", stacklevel=4)
+    return found
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:

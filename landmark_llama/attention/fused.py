@@ -59,13 +59,20 @@ def fused_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_si
     Raises:
         ValueError: if the kernels do not support the dtype or head_dim, naming what they do.
     """
-    if query.dtype not in DTYPES:
-        raise ValueError(f"query is {query.dtype}: the Triton kernels support float16, bfloat16 and float32")
-    if query.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(f"query has head_dim {query.shape[-1]}: the Triton kernels support at most {MAX_HEAD_DIM}")
+    if problem := unsupported(query):
+        raise ValueError(problem)
     if scale <= 0:  # the kernels take the largest score before they scale it
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
     return torch.ops.landmark_llama.attention_forward(query, key, value, block_size, scale)[0]
+
+
+def unsupported(query: Tensor) -> str | None:
+    """Why the kernels cannot take a query, if they cannot."""
+    if query.dtype not in DTYPES:
+        return f"query is {query.dtype}: the Triton kernels support float16, bfloat16 and float32"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"query has head_dim {query.shape[-1]}: the Triton kernels support at most {MAX_HEAD_DIM}"
+    return None
 
 
 @torch.library.custom_op("landmark_llama::attention_forward", mutates_args=())
@@ -210,7 +217,7 @@ def _launch(
         if what in _too_large:
             continue
         try:
-            with torch.cuda.device(query.device if query.is_cuda else -1):
+            with torch.cuda.device_of(query):
                 kernel[(count,)](
                     *pointers,
                     *(x.stride() for x in strided),

@@ -367,9 +367,9 @@ def _at(p_x, stride, i_batch, i_head):
 
 @triton.jit
 def _pointers(p_x, stride, i_first, o_row, D: tl.constexpr):
-    """(rows, D) pointers to rows `i_first + o_row`: 64 bits to the first, which may lie any number of elements away."""
+    """(rows, D) pointers to rows `i_first + o_row`; 64 bits, for they may lie any number of elements apart."""
     p_x += tl.cast(i_first, tl.int64) * stride[2]
-    return p_x + o_row[:, None] * stride[2] + tl.arange(0, D)[None, :] * stride[3]
+    return p_x + o_row.to(tl.int64)[:, None] * stride[2] + tl.arange(0, D).to(tl.int64)[None, :] * stride[3]
 
 
 @triton.jit
