@@ -230,7 +230,7 @@ def test_the_kernels_in_tritons_interpreter(part: str) -> None:
 
 
 def compiled(kernel: str, dtype: str, head_dim: int, block_size: int, tile: Tile, capability: int):
-    """A kernel compiled ahead of time as PyTorch's tensors would have it: rows in one piece, strides divisible by 16."""
+    """A kernel compiled ahead of time for tensors of PyTorch: rows in one piece, strides divisible by 16."""
     function = getattr(triton_training, f"{kernel}_kernel")
     constants = fused.constants(block_size, head_dim, tile)
     signature, values, hints = {}, {}, {}
