@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import checks, generation, measure, table, training
+from benchmarks import checks, generation, kernels, measure, table, training
 from benchmarks.models import DENSE, ModelArguments, dense_config, landmark_config, load_model, random_text
 
 TINY = {
@@ -266,3 +266,26 @@ def test_the_table_names_the_line_that_is_no_row(tmp_path):
         table.last_run(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="No such file"):
         table.last_run(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_the_kernels_benchmark_says_in_one_sentence_that_it_needs_a_gpu(tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    assert kernels.main(["--output", str(output)]) == 2
+    assert capsys.readouterr().err == "benchmarks: no GPU was found, and the training kernels run on nothing else\n"
+    assert not output.exists()
+
+
+def test_the_kernels_benchmark_refuses_another_implementation_that_is_not_there():
+    with pytest.raises(ValueError, match="--against nowhere:at_all: no such module:function"):
+        kernels.main(["--against", "nowhere:at_all"])
+
+
+def test_the_floor_of_attention_is_the_slower_of_operations_and_bytes():
+    args = kernels.Arguments(heads=2, head_dim=8)
+    rates = kernels.Rates(operations_per_second=1.0, bytes_per_second=1e9)
+    assert rates.floor(args, length=4, batch=3, backward=False) == 2 * 3 * 2 * 4 * 4 * 8
+    rates = kernels.Rates(operations_per_second=1e9, bytes_per_second=1.0)
+    tensor = 3 * 2 * 4 * 8 * 2  # bytes of one in bfloat16
+    assert rates.floor(args, length=4, batch=3, backward=False) == 4 * tensor
+    assert rates.floor(args, length=4, batch=3, backward=True) == 12 * tensor

@@ -43,9 +43,12 @@ CASES = {
 }
 every_case = pytest.mark.parametrize(("shape", "tile"), CASES.values(), ids=CASES.keys())
 
-# Registers that a thread may keep in memory, in bytes, by kernel: none in the forward and for queries; for keys a few
-# loop invariants.
-SPILLS = {"forward": 16, "query_gradient": 16, "key_gradient": 128}
+# By compute capability and kernel: bytes of memory that a thread may use for registers it lacks. On sm_90 they are loop
+# invariants, read outside the innermost loops but for a few.
+SPILLS = {
+    80: {"forward": 128, "query_gradient": 128, "key_gradient": 512},
+    90: {"forward": 32, "query_gradient": 32, "key_gradient": 128},
+}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -271,7 +274,7 @@ def test_kernels_compile_within_the_registers_and_shared_memory_of_the_chip(
         if binary.metadata.shared <= SHARED_MEMORY[capability]:
             break
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
-    assert stack_bytes(binary.asm["cubin"], tmp_path) <= SPILLS[kernel]
+    assert stack_bytes(binary.asm["cubin"], tmp_path) <= SPILLS[capability][kernel]
 
 
 def test_every_dtype_and_head_dim_has_a_tile_for_every_kernel() -> None:

@@ -39,15 +39,15 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
     },
     "query_gradient": {
         256: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
-        512: (Tile(64, 64, 8, 1), Tile(64, 32, 4, 1), Tile(32, 16, 4, 1)),
+        512: (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 16, 4, 1)),
     },
     "key_gradient": {
-        256: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 4, 1)),
-        512: (Tile(64, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)),
+        256: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+        512: (Tile(128, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)),
     },
 }
-# float32 is multiplied in full precision, without tensor cores
-FLOAT32_TILES = (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+# float32 is multiplied in full precision, without tensor cores, and keeps whole rows in registers: small tiles
+FLOAT32_TILES = (Tile(16, 16, 4, 1),)
 
 # tiles that a device could not take, so that they are not compiled for it again
 _too_large: set[tuple[Any, ...]] = set()
