@@ -82,7 +82,7 @@ class LandmarkLlamaAttention(LlamaAttention):
         else:
             position = groups.start.unsqueeze(1) + torch.arange(columns, device=query.device)
             key = rotary.rotate(key, (position % block_size).unsqueeze(-1))
-            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start)
+            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start, groups.stop)
             output = attend_through_table(
                 query.unflatten(2, (key.shape[2], -1)),
                 storage,
