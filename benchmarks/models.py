@@ -114,7 +114,8 @@ def load_model(args: ModelArguments, config: LandmarkLlamaConfig, implementation
     config = dense_config(config) if dense else config
     if args.model is None:
         torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, **attention)
+        with torch.device(args.device):  # drawing billions of weights on a CPU takes minutes
+            model = AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, **attention)
     else:
         # a landmark checkpoint holds LLaMA's own weights under LLaMA's own names
         kind = LlamaForCausalLM if dense else LandmarkLlamaForCausalLM

@@ -21,7 +21,7 @@ class BlockStorage(Protocol):
     def write(self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None) -> None:
         """Stores (batch, length, kv_heads, head_dim) at landmarked positions `start[row] ..`, growing where needed.
 
-        stop: the largest of the positions after what is stored, where the caller knows it: then a GPU need not be asked.
+        stop: the largest of the positions after what is stored, where the caller knows it: no GPU need be asked.
         """
 
     def landmarks(self, blocks: int) -> Tensor:

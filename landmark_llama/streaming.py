@@ -39,8 +39,9 @@ class QueryGroups(NamedTuple):
     window: blocks of a window.
     candidates: the most candidates of a group.
     stop: the largest landmarked position after the call's columns.
+    one_block: whether the valid queries of every group lie in one block (a boolean).
 
-    The last three are numbers of the host, which need not ask a device for them.
+    The last four are numbers of the host, which need not ask a device for them.
     """
 
     column: Tensor
@@ -56,6 +57,7 @@ class QueryGroups(NamedTuple):
     window: int
     candidates: int
     stop: int
+    one_block: bool
 
     @classmethod
     def of(
@@ -120,11 +122,12 @@ class QueryGroups(NamedTuple):
             window=window,
             candidates=int(first_block.max()),
             stop=int(start.max()) + columns,
+            one_block=not chunked,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> QueryGroups:
         """The same groups on `device` (the signature that accelerate's device hooks call)."""
-        return QueryGroups(*(x.to(device, non_blocking=non_blocking) for x in self[:-3]), *self[-3:])
+        return QueryGroups(*(x.to(device, non_blocking=non_blocking) for x in self[:-4]), *self[-4:])
 
     def gather(self, x: Tensor) -> Tensor:
         """(batch, columns, ...) to (batch, groups, queries, ...)."""
@@ -244,17 +247,16 @@ def _attend_with_kernels(
     from landmark_llama.attention.triton_selection import select_blocks
     from landmark_llama.attention.triton_table import attend_table
 
+    query = query.contiguous()
     rows = QueryRows(groups.column, groups.valid, groups.position, groups.first_block).contiguous()
     choice = None
-    if k and groups.candidates:
-        if granularity == "token":
+    with torch.cuda.device_of(query):
+        if k and groups.candidates and granularity == "token":
             choice = _choose_for_all_heads(query, storage, groups, k, landmarks_tie, **settings)
-        else:
-            share = granularity == "head"
-            choice = select_blocks(
-                query, storage.landmark, rows, k=k, share=share, landmarks_tie=landmarks_tie, **settings
-            )
-    return attend_table(query, storage.key, storage.value, rows, choice, **settings)
+        elif k and groups.candidates:
+            how = {"k": k, "share": granularity == "head", "landmarks_tie": landmarks_tie}
+            choice = select_blocks(query, storage.landmark, rows, **how, **settings)
+        return attend_table(query, storage.key, storage.value, rows, choice, one_block=groups.one_block, **settings)
 
 
 def _choose_for_all_heads(

@@ -252,9 +252,7 @@ def _choose_kernel(
 
 
 @triton.jit
-def _merge_kernel(
-    p_kept, p_choice, rows, splits, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr
-):
+def _merge_kernel(p_kept, p_choice, rows, splits, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr):
     """The best k blocks of each of the `rows` queries, from its lists (rows, splits, k padded) of `_choose_kernel`."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
@@ -314,9 +312,9 @@ def _normalise_kernel(
             b_peak = b_new
         else:
             for i_start in range(0, older, COLUMNS):
-                b_score, _ = _score_older(b_first, b_second, p_landmarks, i_start, older, o_half, HALF, COLUMNS)
-                b_new = tl.maximum(b_peak, tl.max(b_score, 1))
-                b_total = b_total * tl.exp2(b_peak - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
+                b_older, _ = _score_older(b_first, b_second, p_landmarks, i_start, older, o_half, HALF, COLUMNS)
+                b_new = tl.maximum(b_peak, tl.max(b_older, 1))
+                b_total = b_total * tl.exp2(b_peak - b_new) + tl.sum(tl.exp2(b_older - b_new[:, None]), 1)
                 b_peak = b_new
     tl.store(p_norm + o_out, tl.where(m_valid, b_peak + tl.log2(b_total), float("inf")), mask=m_row)
 
@@ -378,17 +376,17 @@ def _choose_shared_kernel(
         b_list = _keep(b_list, b_key[None, :])
     else:
         for i_start in range(0, older, COLUMNS):
-            b_worth = tl.full([COLUMNS], -float("inf"), tl.float32)
+            b_best = tl.full([COLUMNS], -float("inf"), tl.float32)
             for i_query in range(0, queries, ROWS):
                 o_query = i_query + tl.arange(0, ROWS)
                 m_row = o_query < queries
                 b_norm = tl.load(p_norm + o_first + o_query, mask=m_row, other=float("inf"))
                 b_first, b_second = load_halves(p_far + (o_first + o_query) * (2 * HALF), o_half, m_row, HALF)
-                b_score, _ = _score_older(b_first, b_second, p_landmarks, i_start, older, o_half, HALF, COLUMNS)
-                b_worth = tl.maximum(b_worth, tl.max(b_score - b_norm[:, None], 0))
+                b_older, _ = _score_older(b_first, b_second, p_landmarks, i_start, older, o_half, HALF, COLUMNS)
+                b_best = tl.maximum(b_best, tl.max(b_older - b_norm[:, None], 0))
             o_block = i_start + tl.arange(0, COLUMNS)
-            m_older = (o_block < older) & (b_worth > -float("inf"))
-            b_list = _keep(b_list, tl.where(m_older, _key(b_worth, o_block), NONE)[None, :])
+            m_best = (o_block < older) & (b_best > -float("inf"))
+            b_list = _keep(b_list, tl.where(m_best, _key(b_best, o_block), NONE)[None, :])
     p_block = p_choice + (i_sequence * groups + i_group) * K + tl.zeros([1], tl.int64)
     _store_list(p_block, b_list, tl.full([1], True, tl.int1), K, K_PAD)
 

@@ -38,20 +38,21 @@ class Tile(NamedTuple):
     stages: int
 
     @classmethod
-    def of(cls, queries: int, shared: bool, block_size: int, head_dim: int, itemsize: int, memory: int) -> Tile | None:
+    def of(cls, queries: int, alike: bool, block_size: int, head_dim: int, itemsize: int, memory: int) -> Tile | None:
         """The tile for `queries` of a group on a chip with `memory` bytes of shared memory; None if none fits.
 
-        Where queries do not share their choice, a larger tile reads more blocks that few of its queries chose.
+        alike: the queries share their choice and lie in one block. Otherwise a larger tile would read more blocks that
+            few of its queries chose, and hold a rotation for each of them.
         """
         columns, half = padded(block_size), padded(head_dim // 2)
-        most = min(64 if shared and itemsize == 2 else 32, padded(queries))
+        most = min(64 if alike and itemsize == 2 else 32, padded(queries))
         block = columns * (2 * half + padded(head_dim)) * itemsize
         for rows in (64, 32, 16):
             for stages in (3, 2, 1):
                 # beside the keys and values: the queries' halves and the weights, as tensor cores read them
                 needed = stages * block + rows * (2 * half + columns) * max(itemsize, 4)
                 if rows <= most and needed <= memory:
-                    return cls(rows, 8 if rows * max(columns, head_dim) > 4096 else 4, stages)
+                    return cls(rows, 8 if rows * max(columns, head_dim) > 64 * 128 else 4, stages)
         return None
 
 
@@ -105,6 +106,53 @@ def _unite_kernel(
 
 
 @triton.jit
+def _read_block(
+    b_first,
+    b_second,
+    p_keys,
+    p_values,
+    m_key,
+    m_value,
+    m_seen,
+    m_own,
+    b_offset,
+    b_peak,
+    b_total,
+    b_output,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+):
+    """The running softmax of each query (peak, total, output) after one more block.
+
+    b_first, b_second: halves of the queries, rotated to the block. m_seen, m_own [rows or 1]: whether the block is seen
+    by the query, whether it is the query's own, of which it sees the tokens up to `b_offset` [rows].
+    """
+    dtype: tl.constexpr = p_keys.dtype.element_ty
+    o_key = tl.arange(0, BLOCK_PAD)
+    b_score = tl.dot(b_first.to(dtype), tl.load(p_keys, mask=m_key, other=0.0), input_precision="ieee")
+    b_key = tl.load(p_keys + HALF, mask=m_key, other=0.0)
+    b_score = tl.dot(b_second.to(dtype), b_key, b_score, input_precision="ieee")
+
+    b_landmark = tl.sum(tl.where((o_key == BLOCK_SIZE - 1)[None, :], b_score, 0.0), 1)
+    m_earlier = (m_own == 0)[:, None] | (o_key[None, :] <= b_offset[:, None])
+    b_score = tl.where((o_key < BLOCK_SIZE - 1)[None, :] & m_earlier, b_score, -float("inf"))
+    b_inside = tl.max(b_score, 1)  # finite: every query sees the first token of a block
+    b_score = tl.exp2(b_score - b_inside[:, None])
+    b_sum = tl.sum(b_score, 1)
+    b_logit = tl.where(m_own, b_inside + tl.log2(b_sum), b_landmark)
+    b_logit = tl.where(m_seen, b_logit, -float("inf"))
+
+    b_new = tl.maximum(b_peak, b_logit)
+    b_base = tl.where(b_new == -float("inf"), 0.0, b_new)  # a query may see no block yet
+    b_keep, b_weight = tl.exp2(b_peak - b_base), tl.exp2(b_logit - b_base)
+    b_score = b_score * (b_weight / b_sum)[:, None]
+    b_value = tl.load(p_values, mask=m_value, other=0.0)
+    b_output = tl.dot(b_score.to(dtype), b_value, b_output * b_keep[:, None], input_precision="ieee")
+    return b_new, b_total * b_keep + b_weight, b_output
+
+
+@triton.jit
 def _attend_kernel(
     p_query,
     p_key,
@@ -143,10 +191,13 @@ def _attend_kernel(
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """p_output (batch, columns, heads, head_dim): attention of the valid queries; nothing is written for others.
 
-    p_key, p_value: (batch, kv_heads, capacity, block_size, head_dim).
+    p_key, p_value: (batch, kv_heads, capacity, block_size, head_dim). SHARED: the queries of a group share a choice;
+    ONE_BLOCK: they lie in one block. Either makes the rotation to a block the same for all of them.
     """
     i_group, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i_sequence = tl.program_id(1).to(tl.int64)  # batch * heads + head
@@ -158,7 +209,6 @@ def _attend_kernel(
     if tl.max(m_valid.to(tl.int32), 0) == 0:
         return
 
-    dtype: tl.constexpr = p_key.dtype.element_ty
     o_half, o_dim, o_key = tl.arange(0, HALF_PAD), tl.arange(0, DIM_PAD), tl.arange(0, BLOCK_PAD)
     b_first, b_second, b_column, b_own, b_offset = load_queries(
         p_query,
@@ -178,66 +228,74 @@ def _attend_kernel(
         HALF,
         BLOCK_SIZE,
     )
+    b_own = tl.where(m_valid, b_own, 0)
+    if ONE_BLOCK:
+        b_own = tl.zeros([1], tl.int32) + tl.max(b_own, 0)
     first_block = tl.load(p_first_block + i_batch * groups + i_group).to(tl.int32)
-    o_blocks = (i_sequence // GROUP) * capacity
+    o_blocks = (i_sequence // GROUP) * capacity * (BLOCK_SIZE * 2 * HALF)
+    p_keys = p_key + o_blocks + o_key[None, :] * (2 * HALF) + o_half[:, None]
+    p_values = p_value + o_blocks + o_key[:, None] * (2 * HALF) + o_dim[None, :]
     m_key = (o_key < BLOCK_SIZE)[None, :] & (o_half < HALF)[:, None]
     m_value = (o_key < BLOCK_SIZE - 1)[:, None] & (o_dim < 2 * HALF)[None, :]
-
-    retrieved = 0
+    i_list = (i_sequence * groups + i_group) * tiles + i_tile
     if K > 0:
-        i_list = (i_sequence * groups + i_group) * tiles + i_tile
-        retrieved = tl.load(p_count + i_list)
-        p_list = p_union + i_list * (ROWS * K)
         o_choice = tl.arange(0, K_PAD)
+        o_choosing = tl.zeros([1], tl.int32) if SHARED else o_query
         p_chosen = p_choice + i_batch * stride_choice_batch + i_group * stride_choice_group
         p_chosen += i_head // GROUP * stride_choice_kv_head + i_head % GROUP * stride_choice_head
-        p_chosen += o_query[:, None] * stride_choice_query + o_choice[None, :]
-        # (rows, k padded): what fills up is above every block
-        b_choice = tl.load(p_chosen, mask=m_row[:, None] & (o_choice < K)[None, :], other=LAST)
+        p_places = p_chosen + o_choosing[:, None] * stride_choice_query + o_choice[None, :]
+        # (rows or 1, k padded): what fills up is above every block
+        b_choice = tl.load(p_places, mask=(o_choosing < queries)[:, None] & (o_choice < K)[None, :], other=LAST)
 
     b_peak = tl.full([ROWS], -float("inf"), tl.float32)
     b_total = tl.zeros([ROWS], tl.float32)
     b_output = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    for i_entry in range(0, retrieved + tl.max(tl.where(m_valid, b_own, 0), 0) + 1):
-        i_direct = i_entry - retrieved  # negative: a retrieved block
-        i_block = first_block + i_direct
-        b_distance = b_own - i_direct
-        m_seen = b_distance >= 0
-        if K > 0:
-            i_block = tl.load(p_list + i_entry, mask=i_direct < 0, other=first_block + i_direct)
+    if K > 0:
+        for i_entry in range(0, tl.load(p_count + i_list)):
+            i_block = tl.load(p_union + i_list * (ROWS * K) + i_entry)
             b_rank = tl.sum((b_choice < i_block).to(tl.int32), 1)
             m_chosen = tl.max((b_choice == i_block).to(tl.int32), 1) > 0
-            recent = (i_block >= first_block - K).to(tl.int32)
-            b_distance = tl.where(i_direct < 0, b_own + K + 1 - b_rank - recent, b_distance)
-            m_seen = tl.where(i_direct < 0, m_chosen, m_seen)
-        m_own = (i_direct >= 0) & (b_distance == 0)
-
-        b_distance = tl.maximum(b_distance, 0) * BLOCK_SIZE
+            b_distance = b_own + K + 1 - b_rank - (i_block >= first_block - K).to(tl.int32)
+            b_at_first, b_at_second = turn(b_first, b_second, p_cos, p_sin, b_distance * BLOCK_SIZE, o_half, HALF)
+            b_peak, b_total, b_output = _read_block(
+                b_at_first,
+                b_at_second,
+                p_keys + i_block * (BLOCK_SIZE * 2 * HALF),
+                p_values + i_block * (BLOCK_SIZE * 2 * HALF),
+                m_key,
+                m_value,
+                m_chosen,
+                m_chosen & False,
+                b_offset,
+                b_peak,
+                b_total,
+                b_output,
+                HALF,
+                BLOCK_SIZE,
+                BLOCK_PAD,
+            )
+    for i_direct in range(0, tl.max(b_own, 0) + 1):
+        b_distance = tl.maximum(b_own - i_direct, 0) * BLOCK_SIZE
         b_at_first, b_at_second = turn(b_first, b_second, p_cos, p_sin, b_distance, o_half, HALF)
-        o_block = (o_blocks + tl.minimum(i_block, capacity - 1)) * (BLOCK_SIZE * 2 * HALF)
-        p_keys = p_key + o_block + o_key[None, :] * (2 * HALF) + o_half[:, None]
-        b_score = tl.dot(b_at_first.to(dtype), tl.load(p_keys, mask=m_key, other=0.0), input_precision="ieee")
-        b_key = tl.load(p_keys + HALF, mask=m_key, other=0.0)
-        b_score = tl.dot(b_at_second.to(dtype), b_key, b_score, input_precision="ieee")
-
-        b_landmark = tl.sum(tl.where((o_key == BLOCK_SIZE - 1)[None, :], b_score, 0.0), 1)
-        m_token = (o_key < BLOCK_SIZE - 1)[None, :] & (~m_own[:, None] | (o_key[None, :] <= b_offset[:, None]))
-        b_score = tl.where(m_token, b_score, -float("inf"))
-        b_inside = tl.max(b_score, 1)  # finite: every query sees the first token of a block
-        b_score = tl.exp2(b_score - b_inside[:, None])
-        b_sum = tl.sum(b_score, 1)
-        b_logit = tl.where(m_own, b_inside + tl.log2(b_sum), b_landmark)
-        b_logit = tl.where(m_seen, b_logit, -float("inf"))
-
-        b_new = tl.maximum(b_peak, b_logit)
-        b_base = tl.where(b_new == -float("inf"), 0.0, b_new)  # before the first block that a query sees
-        b_keep, b_weight = tl.exp2(b_peak - b_base), tl.exp2(b_logit - b_base)
-        b_total = b_total * b_keep + b_weight
-        b_score = b_score * (b_weight / b_sum)[:, None]
-        p_values = p_value + o_block + o_key[:, None] * (2 * HALF) + o_dim[None, :]
-        b_value = tl.load(p_values, mask=m_value, other=0.0)
-        b_output = tl.dot(b_score.to(dtype), b_value, b_output * b_keep[:, None], input_precision="ieee")
-        b_peak = b_new
+        # no query that counts stands past the capacity, padding may
+        i_block = tl.minimum(first_block + i_direct, capacity - 1)
+        b_peak, b_total, b_output = _read_block(
+            b_at_first,
+            b_at_second,
+            p_keys + i_block * (BLOCK_SIZE * 2 * HALF),
+            p_values + i_block * (BLOCK_SIZE * 2 * HALF),
+            m_key,
+            m_value,
+            i_direct <= b_own,
+            i_direct == b_own,
+            b_offset,
+            b_peak,
+            b_total,
+            b_output,
+            HALF,
+            BLOCK_SIZE,
+            BLOCK_PAD,
+        )
 
     b_output = b_output / b_total[:, None]
     p_out = p_output + ((i_batch * columns + b_column) * HEADS + i_head)[:, None] * (2 * HALF) + o_dim[None, :]
@@ -252,6 +310,7 @@ def attend_table(
     rows: QueryRows,
     choice: Tensor | None,
     *,
+    one_block: bool,
     block_size: int,
     rotary: RotaryTable,
     scale: float,
@@ -264,6 +323,7 @@ def attend_table(
             by their offset in the block.
         choice: (batch, kv_heads or 1, group or 1, groups, queries or 1, k), int32, as in `retrieval.Choice`; None: no
             block is retrieved.
+        one_block: the valid queries of a group all lie in one block.
         rotary: fp32.
 
     Returns:
@@ -272,8 +332,9 @@ def attend_table(
     batch, columns, kv_heads, group, head_dim = query.shape
     groups, queries = rows.position.shape[1:]
     heads, k = kv_heads * group, 0 if choice is None else choice.shape[-1]
-    shared = choice is None or choice.shape[4] < queries
-    tile = Tile.of(queries, shared, block_size, head_dim, query.element_size(), shared_memory(query.device))
+    shared = choice is None or choice.shape[4] == 1
+    alike = shared and one_block
+    tile = Tile.of(queries, alike, block_size, head_dim, query.element_size(), shared_memory(query.device))
     tiles = triton.cdiv(queries, tile.rows)
     grid = (groups * tiles, batch * heads)
     shape = {"HEADS": heads, "GROUP": group, "K": k, "K_PAD": triton.next_power_of_2(max(k, 1)), "ROWS": tile.rows}
@@ -317,6 +378,8 @@ def attend_table(
         DIM_PAD=padded(head_dim),
         BLOCK_SIZE=block_size,
         BLOCK_PAD=padded(block_size),
+        SHARED=shared,
+        ONE_BLOCK=one_block,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
