@@ -78,7 +78,10 @@ def make_case(
 ) -> Case:
     """Rows that have read `start` landmarked positions and bring `length` more."""
     generator = torch.Generator().manual_seed(sum(start) + sum(length) + block_size)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
     batch, before, columns = len(start), max(start), max(length)
     groups = QueryGroups.of(
         torch.tensor(start),

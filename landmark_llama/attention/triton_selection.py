@@ -224,23 +224,25 @@ def _choose_kernel(
         p_score = p_recent + o_out[:, None] * K_PAD + o_recent[None, :]
         b_score = tl.load(p_score, mask=m_row[:, None], other=0.0)
         b_block = n - 1 - o_recent
-        m_recent = (o_recent < K) & (b_block >= 0)
-        b_key = tl.where(m_recent[None, :], _key(b_score, tl.maximum(b_block, 0)[None, :]), NONE)
+        m_recent = m_row[:, None] & ((o_recent < K) & (b_block >= 0))[None, :]
+        b_key = tl.where(m_recent, _key(b_score, tl.maximum(b_block, 0)[None, :]), NONE)
         b_list = _keep(b_list, b_key)
     if older > 0:
         b_first, b_second = load_halves(p_far + o_out * (2 * HALF), o_half, m_row, HALF)
         if TIE:
             b_score = _score_tied(b_first, b_second, p_landmarks, o_half, HALF)
             b_block = older - 1 - tl.arange(0, K_PAD)  # only the last of equals can be chosen
-            m_older = (tl.arange(0, K_PAD) < K) & (b_block >= 0)
+            m_older = m_row[:, None] & ((tl.arange(0, K_PAD) < K) & (b_block >= 0))[None, :]
             b_key = _key(b_score[:, None], tl.maximum(b_block, 0)[None, :])
-            b_list = _keep(b_list, tl.where(m_older[None, :], b_key, NONE))
+            b_list = _keep(b_list, tl.where(m_older, b_key, NONE))
         else:
             part = tl.cdiv(tl.cdiv(older, COLUMNS), splits) * COLUMNS
             stop = tl.minimum(older, (i_split + 1) * part)
             for i_start in range(i_split * part, stop, COLUMNS):
                 b_score, o_block = _score_older(b_first, b_second, p_landmarks, i_start, stop, o_half, HALF, COLUMNS)
-                b_key = tl.where((o_block < stop)[None, :], _key(b_score, o_block[None, :]), NONE)
+                # rows that fill up the tile would take the later block in every round, as all of their scores are equal
+                m_older = m_row[:, None] & (o_block < stop)[None, :]
+                b_key = tl.where(m_older, _key(b_score, o_block[None, :]), NONE)
                 b_list = _keep(b_list, b_key)
     if SPLIT:
         o_list = tl.arange(0, K_PAD)
