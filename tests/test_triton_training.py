@@ -1,28 +1,23 @@
-"""The Triton kernels of landmark attention for training: results, gradients, operators, and what they compile to.
+"""The Triton kernels of landmark attention for training: results, gradients, operators.
 
-Tests marked `runs_kernels` run on a GPU where there is one, and in Triton's interpreter everywhere (`interpreter.py`).
-The interpreter multiplies bfloat16 as if it held integers (triton 3.7), so that dtype is for GPUs only.
+Without a GPU they run in Triton's interpreter (`conftest.py`), which multiplies bfloat16 as if it held integers (triton
+3.7): that dtype is for GPUs only.
 """
 
-import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from interpreter import DEVICE, INTERPRETED, needs_gpu, run_in_interpreter, runs_kernels
 from tolerance import assert_as_accurate
 from torch import Tensor
 
 pytest.importorskip("triton")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from landmark_llama import attention, landmark_attention
+from landmark_llama import landmark_attention
 from landmark_llama.attention import fused, landmark_attention_reference, triton_training
 from landmark_llama.attention.fused import Tile, fused_landmark_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 # name: (heads, kv_heads, query_length, key_length, block_size, head_dim), tile
 CASES = {
@@ -42,15 +37,6 @@ CASES = {
     "no_query": ((2, 1, 0, 9, 4, 8), Tile(16, 16, 4, 1)),
 }
 every_case = pytest.mark.parametrize(("shape", "tile"), CASES.values(), ids=CASES.keys())
-
-# By compute capability and kernel: bytes of memory that a thread may use for registers it lacks. On sm_90 they are loop
-# invariants, read outside the innermost loops but for a few.
-SPILLS = {
-    80: {"forward": 128, "query_gradient": 128, "key_gradient": 512},
-    90: {"forward": 32, "query_gradient": 32, "key_gradient": 128},
-}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-
 
 @pytest.fixture
 def use_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
@@ -102,7 +88,6 @@ def assert_right(inputs: tuple[Tensor, ...], block_size: int, precise: torch.dty
         assert_as_accurate(a, p, r)
 
 
-@runs_kernels
 @pytest.mark.usefixtures("poisoned_memory")
 @every_case
 def test_fp32_results_and_gradients_are_as_accurate_as_the_definitions(shape, tile, use_tile) -> None:
@@ -110,7 +95,6 @@ def test_fp32_results_and_gradients_are_as_accurate_as_the_definitions(shape, ti
     assert_right(random_inputs(shape, torch.float32), shape[4])
 
 
-@runs_kernels
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", ["two_ordinary_tokens_a_block", "the_papers_block", "a_block_of_100_in_two_tiles"])
 def test_fp16_results_and_gradients_are_as_accurate_as_the_definitions(case, use_tile) -> None:
@@ -119,7 +103,6 @@ def test_fp16_results_and_gradients_are_as_accurate_as_the_definitions(case, use
     assert_right(random_inputs(shape, torch.float16, gain=2.0), shape[4])
 
 
-@runs_kernels
 def test_strides_are_taken_as_they_come_and_kept(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     inputs = random_inputs((2, 1, 20, 26, 8, 8), torch.float32, batch=2)
@@ -136,7 +119,6 @@ def test_strides_are_taken_as_they_come_and_kept(use_tile) -> None:
     assert all(x.grad.isfinite().all() for x in inputs)
 
 
-@runs_kernels
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_a_scale_may_be_negative_or_zero(scale: float, use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
@@ -146,7 +128,6 @@ def test_a_scale_may_be_negative_or_zero(scale: float, use_tile) -> None:
         torch.testing.assert_close(a, e)
 
 
-@runs_kernels
 @pytest.mark.parametrize("size", [0.0, 60.0, 3000.0])
 def test_everything_is_finite_however_large_the_scores(size: float, use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
@@ -155,7 +136,6 @@ def test_everything_is_finite_however_large_the_scores(size: float, use_tile) ->
         assert result.isfinite().all()
 
 
-@runs_kernels
 def test_two_runs_agree_to_the_last_bit(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     inputs = random_inputs((4, 2, 30, 30, 8, 8), torch.float16)
@@ -163,7 +143,6 @@ def test_two_runs_agree_to_the_last_bit(use_tile) -> None:
         assert torch.equal(first, second)
 
 
-@runs_kernels
 def test_later_tokens_change_no_earlier_output_so_right_padding_is_harmless(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     query, key, value, _ = random_inputs((2, 1, 36, 36, 8, 8), torch.float32)
@@ -173,7 +152,6 @@ def test_later_tokens_change_no_earlier_output_so_right_padding_is_harmless(use_
     torch.testing.assert_close(fused_with(8)(query, key, value)[:, :, :21], before[:, :, :21], rtol=0, atol=0)
 
 
-@runs_kernels
 def test_the_operator_passes_opcheck(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     *inputs, _ = random_inputs((2, 1, 9, 11, 4, 8), torch.float32)
@@ -181,7 +159,6 @@ def test_the_operator_passes_opcheck(use_tile) -> None:
     torch.library.opcheck(torch.ops.landmark_llama.attention_forward.default, (*inputs, 4, 0.5))
 
 
-@runs_kernels
 def test_torch_compile_and_activation_checkpointing_give_the_same(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     inputs = random_inputs((2, 1, 20, 20, 8, 8), torch.float32)
@@ -196,7 +173,6 @@ def test_torch_compile_and_activation_checkpointing_give_the_same(use_tile) -> N
             torch.testing.assert_close(actual, right, rtol=0, atol=0)
 
 
-@runs_kernels
 def test_a_tile_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     small, too_large = Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)
     monkeypatch.setattr(fused, "tiles", lambda *_: (too_large, small))
@@ -225,58 +201,6 @@ def test_a_tile_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
         assert_right(random_inputs((1, 1, 20, 20, 8, 8), torch.float32), 8)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-@pytest.mark.parametrize("part", ["fp32", "not fp32"])
-def test_the_kernels_in_tritons_interpreter(part: str) -> None:
-    run_in_interpreter(__file__, part)
-
-
-def compiled(kernel: str, dtype: str, head_dim: int, block_size: int, tile: Tile, capability: int):
-    """A kernel compiled ahead of time for tensors of PyTorch: rows in one piece, strides divisible by 16."""
-    function = getattr(triton_training, f"{kernel}_kernel")
-    constants = fused.constants(block_size, head_dim, tile)
-    signature, values, hints = {}, {}, {}
-    aligned = [["tt.divisibility", 16]]
-    for i, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name], values[i,] = "constexpr", constants[name]
-        elif name.startswith("stride"):
-            signature[name], values[i, 3] = ("i32", "i32", "i32", "constexpr"), 1
-            hints |= {(i, j): aligned for j in range(3)}
-        elif name.startswith("p_"):
-            signature[name] = "*fp32" if name in ("p_lse", "p_delta") else f"*{dtype}"
-            hints[i,] = aligned
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    source = ASTSource(function, signature, values, hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def stack_bytes(cubin: bytes, folder: Path) -> int:
-    """Bytes of memory that each thread keeps for registers it lacks."""
-    (folder / "kernel.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout).group(1))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 64), (128, 64), (128, 51)])
-@pytest.mark.parametrize("kernel", fused.TILES)
-def test_kernels_compile_within_the_registers_and_shared_memory_of_the_chip(
-    kernel: str, head_dim: int, block_size: int, capability: int, tmp_path: Path
-) -> None:
-    for tile in fused.tiles(kernel, head_dim, torch.bfloat16):
-        binary = compiled(kernel, "bf16", head_dim, block_size, tile, capability)
-        if binary.metadata.shared <= SHARED_MEMORY[capability]:
-            break
-    assert binary.metadata.shared <= SHARED_MEMORY[capability]
-    assert stack_bytes(binary.asm["cubin"], tmp_path) <= SPILLS[capability][kernel]
-
-
 def test_every_dtype_and_head_dim_has_a_tile_for_every_kernel() -> None:
     for kernel in fused.TILES:
         for dtype in fused.DTYPES:
@@ -291,17 +215,6 @@ def test_dtypes_and_head_dims_beyond_the_kernels_are_refused_by_name() -> None:
     x = torch.zeros(1, 1, 4, 257)
     with pytest.raises(ValueError, match="head_dim 257: .* at most 256"):
         fused_landmark_attention(x, x, x, 4, 1.0)
-
-
-def test_without_triton_a_warning_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    attention._find_triton.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="triton is not installed") as warnings:
-            assert not attention._has_triton() and not attention._has_triton()
-        assert len(warnings) == 1
-    finally:
-        attention._find_triton.cache_clear()
 
 
 # (heads, kv_heads, query_length, key_length, block_size, head_dim)

@@ -1,4 +1,6 @@
-"""Compiles kernels ahead of time, for chips that need not be there: `python tests/triton_compilation.py CAPABILITY`.
+"""Compiles kernels ahead of time, for chips that need not be there.
+
+    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes, all
 
 Kernels are compiled as they are called: launching is replaced by recording, so that arguments, tiles and
 specialisation are those of the real call. Prints a JSON row a kernel: registers and spilled bytes a thread, shared
@@ -31,11 +33,16 @@ TYPES = {
 }
 
 
+Call = tuple[triton.JITFunction, dict[str, Any], dict[str, Any]]  # kernel, arguments by name, options
+
+MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # shared memory in bytes that one program may take, by capability
+
+
 class Recorder:
-    """Stands where kernels are launched and keeps each call: `calls` holds (kernel, arguments by name, options)."""
+    """Stands where kernels are launched and keeps each call."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[triton.JITFunction, dict[str, Any], dict[str, Any]]] = []
+        self.calls: list[Call] = []
 
     def run(self, kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         named = dict(zip(kernel.arg_names, args, strict=False))
@@ -47,16 +54,23 @@ def compile_call(
     kernel: triton.JITFunction, arguments: dict[str, Any], options: dict[str, Any], capability: int
 ) -> dict[str, Any]:
     """Compiles one recorded call for a chip of `capability`, specialised as a launch would be."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-            continue
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def specialise(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialise(x, (*path, i)) for i, x in enumerate(value))
+        if constant or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
         is_tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
         if is_tensor or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+
+    for i, parameter in enumerate(kernel.params):
+        signature[parameter.name] = specialise(arguments[parameter.name], (i,), parameter.is_constexpr)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
@@ -82,25 +96,44 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
 
 
 SHAPES = {
-    # heads, kv_heads, head_dim, block_size, k, dtype, queries of a group
+    # heads, kv_heads, head_dim, block_size, k, dtype, queries of a group (k and these in inference only)
     "7b": (32, 32, 128, 64, 8, torch.bfloat16, 64),
     "8b_grouped": (32, 8, 128, 64, 8, torch.float16, 64),
     "decoding": (32, 8, 128, 64, 8, torch.bfloat16, 1),
     "published": (32, 32, 128, 51, 5, torch.bfloat16, 51),
     "demo": (4, 4, 32, 16, 4, torch.float32, 16),
+    "narrow": (32, 8, 64, 64, 8, torch.bfloat16, 64),
     "wide": (8, 8, 256, 256, 4, torch.bfloat16, 256),
     "full_precision": (32, 8, 128, 64, 8, torch.float32, 64),
 }
 
 
-def inference_calls(name: str, capability: int) -> list[tuple[triton.JITFunction, dict[str, Any], dict[str, Any]]]:
+def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
+    """What a training step launches at one of `SHAPES`: for each kernel its tiles, from the largest."""
+    from landmark_llama.attention import fused
+
+    heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
+    query, key = (torch.empty(1, n, 4096, head_dim, dtype=dtype) for n in (heads, kv_heads))
+    lse = torch.empty(query.shape[:3])
+    every = fused.tiles
+    for kernel in fused.TILES:
+        tiles = every(kernel, head_dim, dtype)
+        for tile in tiles:
+            fused.tiles = lambda *_, tile=tile: (tile,)
+            torch.ops.landmark_llama.attention_forward(query, key, key, block_size, 0.1)
+            torch.ops.landmark_llama.attention_backward(query, query, key, key, query, lse, block_size, 0.1)
+        recorded, recorder.calls = recorder.calls, []
+        yield [call for call in recorded if call[0].fn.__name__ == f"{kernel}_kernel"]
+    fused.tiles = every
+
+
+def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
     """What reading through the cache launches at one of `SHAPES`, for a choice of each query and a shared one."""
     from landmark_llama.attention import triton_selection, triton_table
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.attention.triton_rows import QueryRows
 
     heads, kv_heads, head_dim, block_size, k, dtype, queries = SHAPES[name]
-    memory = {80: 163, 90: 227}[capability] * 1024
     triton_table.shared_memory = lambda device: memory
     groups, capacity = 2, 2048
     query = torch.empty(1, groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
@@ -110,31 +143,39 @@ def inference_calls(name: str, capability: int) -> list[tuple[triton.JITFunction
     rows = QueryRows(index, index.bool(), index, index[..., 0].contiguous())
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
-    recorder = Recorder()
-    triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
         choice = triton_selection.select_blocks(query, landmark, rows, k=k, share=share, landmarks_tie=tie, **settings)
         triton_table.attend_table(query, block, block, rows, choice, one_block=not tie, **settings)
     triton_table.attend_table(query, block, block, rows, None, one_block=True, **settings)
-    return recorder.calls
+    recorded, recorder.calls = recorder.calls, []
+    yield from ([call] for call in recorded)
 
 
-def rows(capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for every different kernel of the shapes `names`."""
+def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for every different kernel of a family (`training`, `inference`) at the shapes `names`.
+
+    Of a kernel's tiles the first counts that the chip has room for, or the last.
+    """
+    recorder, memory = Recorder(), MEMORY[capability]
+    triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     for name in names:
         seen = set()
-        for kernel, arguments, options in inference_calls(name, capability):
+        calls = training_calls(name, recorder) if family == "training" else inference_calls(name, recorder, memory)
+        for tiles in calls:
+            kernel, arguments, options = tiles[0]
             constants = {k: v for k, v in arguments.items() if not isinstance(v, (torch.Tensor, float))}
             key = (kernel.fn.__name__, *sorted(constants.items()), *sorted(options.items()))
-            if key not in seen:
-                seen.add(key)
-                yield {
-                    "shape": name,
-                    "rows": arguments.get("ROWS"),
-                    **compile_call(kernel, arguments, options, capability),
-                }
+            if key in seen:
+                continue
+            seen.add(key)
+            for kernel, arguments, options in tiles:
+                row = compile_call(kernel, arguments, options, capability)
+                if row["shared"] <= memory:
+                    break
+            tile = {name: arguments[name] for name in ("ROWS", "M", "N") if name in arguments}
+            yield {"shape": name, "tile": tile, **row}
 
 
 if __name__ == "__main__":
-    for row in rows(int(sys.argv[1]), sys.argv[2:] or list(SHAPES)):
+    for row in compiled_rows(sys.argv[1], int(sys.argv[2]), sys.argv[3:] or list(SHAPES)):
         print(json.dumps(row), flush=True)

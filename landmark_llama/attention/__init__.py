@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
-
 import torch
 from torch import Tensor
 
+from landmark_llama.attention.availability import triton_is_installed
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
 from landmark_llama.attention.reference import landmark_attention_reference
 
@@ -39,26 +36,12 @@ def landmark_attention(
     """
     _check(query, key, value, block_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.is_cuda and _has_triton():
+    if query.is_cuda and triton_is_installed():
         from landmark_llama.attention.fused import fused_landmark_attention, unsupported
 
         if not unsupported(query):
             return fused_landmark_attention(query, key, value, block_size, scale)
     return blockwise_landmark_attention(query, key, value, block_size, scale)
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _find_triton()
-
-
-@functools.cache
-def _find_triton() -> bool:
-    """Whether Triton is installed; warns, once, if not."""
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("triton is not installed: landmark attention on the GPU takes PyTorch's slow path", stacklevel=4)
-    return found
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:

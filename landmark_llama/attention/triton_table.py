@@ -13,12 +13,13 @@ the logsumexp of its tokens, and the softmax inside the block over its values (`
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.triton_rows import LOG2_E, QueryRows, load_queries, padded, shared_memory, turn
@@ -38,8 +39,10 @@ class Tile(NamedTuple):
     stages: int
 
     @classmethod
-    def of(cls, queries: int, alike: bool, block_size: int, head_dim: int, itemsize: int, memory: int) -> Tile | None:
-        """The tile for `queries` of a group on a chip with `memory` bytes of shared memory; None if none fits.
+    def choices(
+        cls, queries: int, alike: bool, block_size: int, head_dim: int, itemsize: int, memory: int
+    ) -> list[Tile]:
+        """The tiles for `queries` of a group on a chip with `memory` bytes of shared memory, the best one first.
 
         alike: the queries share their choice and lie in one block. Otherwise a larger tile would read more blocks that
             few of its queries chose, and hold a rotation for each of them.
@@ -47,20 +50,25 @@ class Tile(NamedTuple):
         columns, half = padded(block_size), padded(head_dim // 2)
         most = min(64 if alike and itemsize == 2 else 32, padded(queries))
         block = columns * (2 * half + padded(head_dim)) * itemsize
+        found = []
         for rows in (64, 32, 16):
             for stages in (3, 2, 1):
                 # beside the keys and values: the queries' halves and the weights, as tensor cores read them
                 needed = stages * block + rows * (2 * half + columns) * max(itemsize, 4)
                 if rows <= most and needed <= memory:
-                    return cls(rows, 8 if rows * max(columns, head_dim) > 64 * 128 else 4, stages)
-        return None
+                    found.append(cls(rows, 8 if rows * max(columns, head_dim) >= 64 * 128 else 4, stages))
+        return found
+
+
+# tiles that a device had no room for after all, by what they were compiled for
+_too_large: set[tuple[Any, ...]] = set()
 
 
 def supported(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> bool:
     """Whether the inference kernels take queries of `dtype` and `head_dim` on `device`."""
     if dtype not in DTYPES or head_dim % 2 or head_dim > LARGEST_HEAD_DIM or block_size > LARGEST_BLOCK:
         return False
-    return Tile.of(1, True, block_size, head_dim, dtype.itemsize, shared_memory(device)) is not None
+    return bool(Tile.choices(1, True, block_size, head_dim, dtype.itemsize, shared_memory(device)))
 
 
 @triton.jit
@@ -328,13 +336,43 @@ def attend_table(
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`; zero for padding.
+
+    Raises:
+        ValueError: if the chip has no room for the smallest tile (`supported` says so beforehand).
     """
+    head_dim, queries = query.shape[-1], rows.position.shape[2]
+    alike = one_block and (choice is None or choice.shape[4] == 1)
+    memory = shared_memory(query.device)
+    settings = {"one_block": one_block, "block_size": block_size, "rotary": rotary, "scale": scale}
+    for tile in Tile.choices(queries, alike, block_size, head_dim, query.element_size(), memory):
+        what = (tile, alike, block_size, head_dim, query.dtype, query.device)
+        if what in _too_large:
+            continue
+        try:
+            return _attend_in_tiles(tile, query, key, value, rows, choice, **settings)
+        except OutOfResources:
+            _too_large.add(what)
+    raise ValueError(f"query has head_dim {head_dim} in {query.dtype}: {query.device} lacks the shared memory")
+
+
+def _attend_in_tiles(
+    tile: Tile,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: QueryRows,
+    choice: Tensor | None,
+    *,
+    one_block: bool,
+    block_size: int,
+    rotary: RotaryTable,
+    scale: float,
+) -> Tensor:
+    """`attend_table` with tiles of one size."""
     batch, columns, kv_heads, group, head_dim = query.shape
     groups, queries = rows.position.shape[1:]
     heads, k = kv_heads * group, 0 if choice is None else choice.shape[-1]
     shared = choice is None or choice.shape[4] == 1
-    alike = shared and one_block
-    tile = Tile.of(queries, alike, block_size, head_dim, query.element_size(), shared_memory(query.device))
     tiles = triton.cdiv(queries, tile.rows)
     grid = (groups * tiles, batch * heads)
     shape = {"HEADS": heads, "GROUP": group, "K": k, "K_PAD": triton.next_power_of_2(max(k, 1)), "ROWS": tile.rows}
