@@ -1,4 +1,4 @@
-"""Landmark attention's training kernels beside flash attention: forward, forward and backward, peak memory.
+"""Landmark attention's kernels beside flash attention: training steps, and prompts read through a cache.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --lengths 8192 --block_size 51 --repetitions 50
@@ -7,20 +7,22 @@
 Needs a GPU; without one it says so and exits 2. Dense attention is `scaled_dot_product_attention`, causal, held to its
 flash backend (`flash`) and to cuDNN's (`cudnn`). `--against` times another landmark attention in the same run, called
 as `function(query, key, value, block_size=...)`. Implementations take turns in one process. Each time is also given as
-a multiple of its floor: the operations that dense causal attention needs at the rate of a large matrix product measured
-here, or its bytes at the rate of a large copy, whichever takes longer. Rows go to `--output`, failures beside it.
+a multiple of its floor: the operations that the work needs at the rate of a large matrix product measured here, or its
+bytes at the rate of a large copy, whichever takes longer. Rows go to `--output`, failures beside it.
+
+What reading is: the attention of one layer over a whole prompt whose keys and values the cache holds, cut into chunks
+as the model cuts it; dense attention does the same in one call.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +30,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-from benchmarks.checks import check_attention
-from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, machine, statistics_of, versions
-from benchmarks.models import LANDMARK, ModelArguments, landmark_config
+from benchmarks.checks import check_attention, check_reading
+from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, imported, machine, statistics_of, versions
+from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config
 from landmark_llama import landmark_attention
+from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.modeling import CHUNK_POSITIONS
+from landmark_llama.storage import DeviceStorage
+from landmark_llama.streaming import QueryGroups, attend_through_table
 
-FLASH, CUDNN, AGAINST = "flash", "cudnn", "against"
+FLASH, CUDNN = "flash", "cudnn"
+GRANULARITIES = ("head", "token_and_head")
 DEVICE = "cuda"
+SHAPE = ("heads", "kv_heads", "head_dim", "block_size", "num_retrieved_blocks", "num_local_blocks")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -45,6 +53,11 @@ class Arguments:
     lengths: list[int] = field(
         default_factory=lambda: [4096, 8192, 32768], metadata={"help": "Positions of a row, each measured."}
     )
+    reading_lengths: list[int] = field(
+        default_factory=lambda: [32768, 131072], metadata={"help": "Positions of a prompt, each read."}
+    )
+    num_retrieved_blocks: int = field(default=8, metadata={"help": "Blocks that a query retrieves while reading."})
+    num_local_blocks: int = field(default=8, metadata={"help": "Blocks before its own that it reads directly."})
     tokens: int = field(default=32768, metadata={"help": "Positions of a batch: shorter rows make larger batches."})
     heads: int = field(default=32, metadata={"help": "Query heads."})
     kv_heads: int = field(default=0, metadata={"help": "Key and value heads; 0: as many as query heads."})
@@ -61,9 +74,10 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self.kv_heads = self.kv_heads or self.heads
-        for length in self.lengths:
-            if length < 1:
-                raise ValueError(f"--lengths {length}: a row has at least one position")
+        for flag in ("lengths", "reading_lengths"):
+            for length in getattr(self, flag):
+                if length < 1:
+                    raise ValueError(f"--{flag} {length}: a row has at least one position")
         if self.repetitions < 1:
             raise ValueError(f"--repetitions {self.repetitions}: must be at least 1")
 
@@ -88,6 +102,17 @@ class Rates(NamedTuple):
         key = query * args.kv_heads // args.heads
         # forward: q, k, v in, o out; backward: q, k, v, o, do in, dq, dk, dv out
         moved = 2 * query + 2 * key + (4 * query + 4 * key if backward else 0)
+        return self._seconds(operations, moved)
+
+    def reading_floor(self, args: Arguments, length: int) -> float:
+        """Seconds that reading one row takes at the least: all landmarks scored, and every block of the table read."""
+        pairs = length * length / args.block_size / 2
+        table = length * args.block_size * (args.num_retrieved_blocks + args.num_local_blocks + 0.5)
+        operations = 2 * args.heads * args.head_dim * (pairs + 2 * table)
+        query = args.heads * length * args.head_dim * args.torch_dtype.itemsize
+        return self._seconds(operations, 2 * query + 2 * query * args.kv_heads // args.heads)
+
+    def _seconds(self, operations: float, moved: float) -> float:
         return max(operations / self.operations_per_second, moved / self.bytes_per_second)
 
 
@@ -110,7 +135,7 @@ def implementations(args: Arguments) -> dict[str, Attention]:
         LANDMARK: partial(landmark_attention, block_size=args.block_size),
     }
     if args.against:
-        found[AGAINST] = partial(_imported(args.against), block_size=args.block_size)
+        found[AGAINST] = partial(imported(args.against), block_size=args.block_size)
     return found
 
 
@@ -119,14 +144,6 @@ def _dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Te
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
-
-
-def _imported(name: str) -> Callable[..., Tensor]:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--against {name}: no such module:function ({error})") from error
 
 
 def _time(calls: dict[str, Callable[[], object]], repetitions: int, warmup: int) -> dict[str, list[float]]:
@@ -176,23 +193,115 @@ def measure(args: Arguments, length: int, attentions: dict[str, Attention], rate
         calls = {name: partial(step, attend, inputs, grad) for name, attend in able.items()}
         seconds = {name: statistics_of(x) for name, x in _time(calls, args.repetitions, args.warmup).items()}
         floor = rates.floor(args, length, batch, backward=step is _forward_backward)
-        _add(results, quantity, where, seconds, {"floor_seconds": float(f"{floor:.6g}")})
+        _add(results, quantity, where, seconds, dict.fromkeys(seconds, floor))
     _add(results, "peak_memory_mib", where, {name: statistics_of([mib]) for name, mib in memory.items()}, {})
 
 
-def _add(results: ResultsFile, quantity: str, where: dict, figures: dict[str, dict], floor: dict[str, float]) -> None:
+class Reader:
+    """The attention of one layer over prompts of `length` positions, through a cache with their keys and values."""
+
+    def __init__(self, args: Arguments, length: int, granularity: str, key: Tensor, value: Tensor) -> None:
+        self.args, self.granularity = args, granularity
+        self.storage = DeviceStorage(args.block_size)
+        self.storage.expect(-(-length // args.block_size))
+        self.storage.write(key.transpose(1, 2), value.transpose(1, 2), torch.zeros(1, dtype=torch.long))
+        tile = args.num_local_blocks
+        step = max(1, CHUNK_POSITIONS // args.block_size // tile) * tile * args.block_size
+        self.chunks = [
+            (
+                start,
+                QueryGroups.of(
+                    torch.tensor([start]),
+                    torch.tensor([min(step, length - start)]),
+                    num_direct_blocks=args.num_local_blocks,
+                    tile_blocks=tile,
+                    chunked=False,
+                    share=granularity == "head",
+                    block_size=args.block_size,
+                ).to(torch.device(DEVICE)),
+            )
+            for start in range(0, length, step)
+        ]
+        positions = (args.num_retrieved_blocks + 2 + args.num_local_blocks + tile) * args.block_size
+        angle = torch.arange(positions).unsqueeze(1) * 1e4 ** -torch.linspace(0, 1, args.head_dim // 2)
+        self.rotary = RotaryTable(angle.cos(), angle.sin()).to(torch.device(DEVICE))
+
+    @torch.no_grad()
+    def __call__(self, query: Tensor) -> None:
+        """`query`: (1, heads, length, head_dim)."""
+        rows = query.transpose(1, 2).unflatten(2, (self.args.kv_heads, -1))
+        for start, groups in self.chunks:
+            attend_through_table(
+                rows[:, start : start + groups.slot.shape[1]],
+                self.storage,
+                groups,
+                num_retrieved_blocks=self.args.num_retrieved_blocks,
+                granularity=self.granularity,
+                block_size=self.args.block_size,
+                rotary=self.rotary,
+                scale=self.args.head_dim**-0.5,
+                landmarks_tie=False,
+            )
+
+
+def measure_reading(args: Arguments, length: int, granularities: list[str], rates: Rates, results: ResultsFile) -> None:
+    """Times the attention of one prompt and adds its rows."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, length, args.head_dim, generator=generator, device=DEVICE, dtype=args.torch_dtype)
+        for heads in (args.heads, args.kv_heads, args.kv_heads)
+    )
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(_forward, partial(_dense, backend), (query, key, value), query)
+        for name, backend in ((FLASH, SDPBackend.FLASH_ATTENTION), (CUDNN, SDPBackend.CUDNN_ATTENTION))
+    }
+    for granularity in granularities:
+        calls[f"{LANDMARK} {granularity}"] = partial(Reader(args, length, granularity, key, value), query)
+    where = {"length": length, "batch": 1}
+    for name, call in list(calls.items()):
+        try:
+            call()  # compiles
+        except (RuntimeError, ValueError) as error:
+            results.add_failure({"implementation": name, **where}, str(error).strip().splitlines()[0])
+            del calls[name]
+    seconds = {name: statistics_of(x) for name, x in _time(calls, args.repetitions, args.warmup).items()}
+    dense, sparse = rates.floor(args, length, 1, backward=False), rates.reading_floor(args, length)
+    floors = {name: sparse if name.startswith(LANDMARK) else dense for name in seconds}
+    _add(results, "reading_seconds", where, seconds, floors)
+
+
+def _add(
+    results: ResultsFile,
+    quantity: str,
+    where: dict[str, int],
+    figures: dict[str, dict[str, Any]],
+    floors: dict[str, float],
+) -> None:
+    """A row for each implementation; `floors`: seconds that it takes at the least, where that is said."""
     flash = figures.get(FLASH, {}).get("median")
     for name, row in figures.items():
         ratio = {"ratio_to_flash": round(row["median"] / flash, 4) if flash else None}
-        if floor:
-            ratio |= {**floor, "ratio_to_floor": round(row["median"] / floor["floor_seconds"], 3)}
+        if name in floors:
+            ratio |= {
+                "floor_seconds": float(f"{floors[name]:.6g}"),
+                "ratio_to_floor": round(row["median"] / floors[name], 3),
+            }
         results.add({"quantity": quantity, "implementation": name, **where, **row, **ratio})
         print(f"{where['length']:>7,}  {quantity:<25} {name:<9} {row['median']:>10.4g}  {ratio}", file=sys.stderr)
 
 
-def _right(args: Arguments, attentions: dict[str, Attention], results: ResultsFile) -> dict[str, Attention]:
-    """The dense implementations, and of the landmark ones those that agree with the definition."""
+def _right(
+    args: Arguments, attentions: dict[str, Attention], results: ResultsFile
+) -> tuple[dict[str, Attention], list[str]]:
+    """The dense implementations, and of the landmark ones those that agree with the definition; so for `GRANULARITIES`.
+
+    A speed is reported only where the result is right.
+    """
     shape = ModelArguments(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=256,
+        layers=2,
         heads=4,
         kv_heads=max(1, 4 * args.kv_heads // args.heads),
         head_dim=args.head_dim,
@@ -201,14 +310,20 @@ def _right(args: Arguments, attentions: dict[str, Attention], results: ResultsFi
         dtype=args.dtype,
         device=DEVICE,
     )
-    config = landmark_config(shape, "head")
-    right = dict(attentions)
+    right, reading = dict(attentions), []
     for name in (LANDMARK, AGAINST):
-        problem = check_attention(shape, config, right[name]) if name in right else None
+        problem = check_attention(shape, landmark_config(shape, "head"), right[name]) if name in right else None
         if problem:
             results.add_failure({"implementation": name}, f"not measured, its result is wrong: {problem}")
             del right[name]
-    return right
+    for granularity in GRANULARITIES:
+        problem = check_reading(shape, landmark_config(shape, granularity))
+        if problem:
+            name = f"{LANDMARK} {granularity}"
+            results.add_failure({"implementation": name}, f"not measured, its result is wrong: {problem}")
+        else:
+            reading.append(granularity)
+    return right, reading
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,22 +331,24 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     attentions = implementations(args)
     if not torch.cuda.is_available():
-        print("benchmarks: no GPU was found, and the training kernels run on nothing else", file=sys.stderr)
+        print("benchmarks: no GPU was found, and the kernels run on nothing else", file=sys.stderr)
         return 2
     rates = measure_rates(args.torch_dtype)
     common = {
         "benchmark": "kernels",
         "model": "random tensors",
-        "shape": {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "block_size")},
+        "shape": {name: getattr(args, name) for name in SHAPE},
         "dtype": args.dtype,
         **rates._asdict(),
         "machine": machine(DEVICE, 0),
         "versions": {**versions(), "triton": importlib.metadata.version("triton")},
     }
     results = ResultsFile(Path(args.output), common)
-    attentions = _right(args, attentions, results)
+    attentions, reading = _right(args, attentions, results)
     for length in args.lengths:
         measure(args, length, attentions, rates, results)
+    for length in args.reading_lengths:
+        measure_reading(args, length, reading, rates, results)
     print(results.path)
     if results.failures:
         print(results.failed_path)

@@ -15,6 +15,7 @@ from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
 
 DENSE = "dense"
 LANDMARK = "landmark"
+AGAINST = "against"  # another implementation, named by `--against`
 
 
 @dataclass

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 TILE_QUERIES = 32  # at least, of those that share a window of keys
 CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
-GATHERED_ELEMENTS = (
-    1 << 20
-)  # most elements of keys that the windows of a chunk may take: few, to stay in the cores' caches
+# most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
+GATHERED_ELEMENTS = 1 << 20
 
 
 class _Chunk(NamedTuple):
@@ -270,9 +269,12 @@ class LandmarkLlamaModel(LlamaModel):
     def _chunk_blocks(self, layout: Layout, settings: RetrievalSettings) -> int:
         """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
         config, tile = self.config, self._tile_blocks(settings)
+        blocks = max(1, CHUNK_POSITIONS // config.block_size)
+        if layout.source.device.type != "cpu":
+            return -(-blocks // tile) * tile
         block = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
         window = block * (1 + settings.num_direct_blocks / tile + settings.num_retrieved_blocks)
-        blocks = min(CHUNK_POSITIONS // config.block_size, int(GATHERED_ELEMENTS // window))
+        blocks = min(blocks, int(GATHERED_ELEMENTS // window))
         return max(1, blocks // tile) * tile
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from triton_compilation import MEMORY
 
 SCRIPT = Path(__file__).with_name("triton_compilation.py")
 
-# Bytes of memory that a thread may use for registers it lacks, by kernel and capability; of any other kernel none. In the
-# training kernels they are loop invariants, read outside the innermost loops but for a few.
+# Bytes of memory that a thread may use for registers it lacks, by kernel and capability; of any other kernel none. In
+# the training kernels they are loop invariants, read outside the innermost loops but for a few.
 SPILLS = {
     "forward_kernel": {80: 128},
     "query_gradient_kernel": {80: 16},

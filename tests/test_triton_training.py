@@ -38,6 +38,7 @@ CASES = {
 }
 every_case = pytest.mark.parametrize(("shape", "tile"), CASES.values(), ids=CASES.keys())
 
+
 @pytest.fixture
 def use_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
     """Makes all kernels take one small tile, so that short sequences fill several."""
