@@ -8,6 +8,7 @@ is wrong. That the best blocks are chosen is compared with brute force in `tests
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ TEXTS = (
 )
 
 
-def check_attention(args: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
-    """Compares the fast attention with its definition: outputs and gradients over one window."""
+def check_attention(
+    args: ModelArguments, config: LandmarkLlamaConfig, attention: Callable[..., Tensor] | None = None
+) -> str | None:
+    """Compares an attention, by default the library's, with the definition: outputs and gradients over one window."""
     generator = torch.Generator().manual_seed(args.seed)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     query, key, value, grad = (
@@ -34,14 +37,14 @@ def check_attention(args: ModelArguments, config: LandmarkLlamaConfig) -> str | 
         for n in (heads, kv_heads, kv_heads, heads)
     )
 
-    def outcome(attention, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def outcome(attend: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-        output = attention(*inputs, block_size=config.block_size)
+        output = attend(*inputs, block_size=config.block_size)
         return output.detach(), *torch.autograd.grad(output, inputs, grad.to(dtype))
 
     exact = outcome(landmark_attention_reference, torch.float64)
     plain = outcome(landmark_attention_reference, args.torch_dtype)
-    fast = outcome(landmark_attention, args.torch_dtype)
+    fast = outcome(attention or landmark_attention, args.torch_dtype)
     for name, x, low, right in zip(("output", "grad_query", "grad_key", "grad_value"), fast, plain, exact, strict=True):
         problem = _verdict(f"landmark_attention, {name}, against its definition", x, right, _allowed(low, right))
         if problem:

@@ -3,14 +3,18 @@
     python benchmarks/generation.py
     python benchmarks/generation.py --lengths 2048 8192 --granularity head --repetitions 5
     python benchmarks/generation.py --model DIR --device cuda --dtype bfloat16 --output FILE
+    python benchmarks/generation.py --against package.module:function
 
 For each prompt length: seconds to read the prompt, milliseconds a generated token, and the peak of memory. Every
 measurement is a process of its own; the implementations take turns. Rows go to `--output`, failures beside it, and
-`python benchmarks/table.py FILE` makes the table of a README of them.
+`python benchmarks/table.py FILE` makes the table of a README of them. `--against` measures another model in the same
+run: the function takes the landmark model's configuration, which holds LLaMA's own fields, and returns a causal
+language model that is called as transformers' are. What it computes is not checked.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -28,14 +32,25 @@ from benchmarks.measure import (
     PeakMemory,
     ResultsFile,
     Stopwatch,
+    imported,
     isolated,
     machine,
     statistics_of,
     versions,
 )
-from benchmarks.models import DENSE, LANDMARK, ModelArguments, landmark_config, load_model, random_text, shape_of
+from benchmarks.models import (
+    AGAINST,
+    DENSE,
+    LANDMARK,
+    ModelArguments,
+    landmark_config,
+    load_model,
+    random_text,
+    shape_of,
+)
 from landmark_llama import LandmarkLlamaConfig
 
+CHECKED_LAYERS = 4  # of random weights: more layers compute nothing else, and large ones do not fit twice in float64
 QUANTITIES = ("prefill_seconds", "decode_ms_per_token", "peak_memory_mib")
 
 
@@ -54,6 +69,8 @@ class Arguments:
         default=32, metadata={"help": "Tokens generated after the prompt; 16 or more, to hold the end of a block."}
     )
     repetitions: int = field(default=3, metadata={"help": "Processes per implementation and length."})
+    dense: bool = field(default=True, metadata={"help": "Whether the dense model is measured, too."})
+    against: str = field(default="", metadata={"help": "Another model to measure, as module:function."})
     slow_seconds: float = field(default=60.0, metadata={"help": "A prompt that takes longer is read only once."})
     warmup_tokens: int = field(
         default=0, metadata={"help": "Prompt read before the clock starts; 0: 1024 on a CPU, the whole one on a GPU."}
@@ -72,17 +89,34 @@ class Arguments:
         if self.repetitions < 1:
             raise ValueError(f"--repetitions {self.repetitions}: must be at least 1")
         self.lengths = sorted(set(self.lengths))
+        if self.against:
+            imported(self.against)
 
 
 def measure(
-    args: ModelArguments, config: LandmarkLlamaConfig, implementation: str, length: int, decode_tokens: int, warmup: int
+    args: ModelArguments,
+    config: LandmarkLlamaConfig,
+    implementation: str,
+    length: int,
+    decode_tokens: int,
+    warmup: int,
+    against: str = "",
 ) -> dict[str, Any]:
     """One measurement, in the present process: reads `length` tokens, then generates `decode_tokens`, greedily.
+
+    Args:
+        implementation: `DENSE`, `AGAINST`, or one that begins with `LANDMARK`.
+        against: what `AGAINST` is, as module:function.
 
     Returns:
         The `QUANTITIES`, the decoding one as the median over the tokens, with `decode_ms` of each token.
     """
-    model = load_model(args, config, implementation)
+    if implementation == AGAINST:
+        torch.manual_seed(args.seed)
+        with torch.device(args.device):
+            model = imported(against)(config).to(args.device, args.torch_dtype).eval()
+    else:
+        model = load_model(args, config, implementation)
     text = random_text(args, config, length)
     landmark = config.landmark_token_id
     # PyTorch loads parts of itself at their first use, which is not the model's memory
@@ -126,11 +160,14 @@ class GenerationBenchmark:
     def __init__(self, model: ModelArguments, args: Arguments) -> None:
         self.model, self.args = model, args
         configs = {f"{LANDMARK} {name}": landmark_config(model, name) for name in args.granularity}
-        self.configs = {DENSE: next(iter(configs.values())), **configs}
+        any_of_them = next(iter(configs.values()))
+        self.configs = {DENSE: any_of_them, **configs} if args.dense else configs
+        if args.against:
+            self.configs[AGAINST] = any_of_them
         common = {
             "benchmark": "generation",
             "model": Path(model.model).name if model.model else "random weights",
-            "shape": shape_of(self.configs[DENSE]),
+            "shape": shape_of(any_of_them),
             "dtype": model.dtype,
             "machine": machine(model.device, model.threads),
             "versions": versions(),
@@ -141,13 +178,15 @@ class GenerationBenchmark:
         """Measures everything; shows a bar on standard error, and each length's figures as soon as they are there."""
         rounds = len(self.args.lengths) * self.args.repetitions * len(self.configs)
         with tqdm(total=rounds, unit="run", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-            right = [name for name in self.configs if name == DENSE or self._is_right(name)]
+            right = [name for name in self.configs if not name.startswith(LANDMARK) or self._is_right(name)]
             bar.total = len(self.args.lengths) * self.args.repetitions * len(right)
             for length in self.args.lengths:
                 self._measure_length(length, right, bar)
 
     def _is_right(self, implementation: str) -> bool:
-        config = self.configs[implementation]
+        config = copy.deepcopy(self.configs[implementation])
+        if self.model.model is None:
+            config.num_hidden_layers = min(config.num_hidden_layers, CHECKED_LAYERS)
         try:
             for check in (check_attention, check_reading):
                 problem = isolated(check, self.model, config, threads=self.model.threads)
@@ -174,14 +213,15 @@ class GenerationBenchmark:
                         self._fail(name, length, error)
                 bar.update()
         for quantity in QUANTITIES:
-            dense = measured[DENSE] if DENSE not in failed else []
+            dense = measured.get(DENSE, []) if DENSE not in failed else []
             baseline = statistics_of([one[quantity] for one in dense])["median"] if dense else None
             for name in implementations:
                 if name not in failed:
                     self._add_row(quantity, name, length, measured[name], baseline)
 
     def _measure_once(self, name: str, length: int) -> dict[str, Any]:
-        what = (self.model, self.configs[name], name, length, self.args.decode_tokens, self.args.warmup_tokens)
+        args = self.args
+        what = (self.model, self.configs[name], name, length, args.decode_tokens, args.warmup_tokens, args.against)
         return isolated(measure, *what, threads=self.model.threads)
 
     def _add_row(

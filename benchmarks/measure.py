@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -51,6 +52,15 @@ def isolated(function: Callable[..., Result], *args: Any, threads: int = 0) -> R
         except Exception as error:  # whatever it was, it must not take the other measurements along
             message = (str(error).strip() or "no message").splitlines()[0]
             raise MeasurementFailed(f"{type(error).__name__}: {message}") from error
+
+
+def imported(name: str) -> Callable[..., Any]:
+    """What `--against module:function` names. Raises ValueError if there is no such thing."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--against {name}: no such module:function ({error})") from error
 
 
 class Stopwatch:

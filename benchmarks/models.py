@@ -15,6 +15,7 @@ from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
 
 DENSE = "dense"
 LANDMARK = "landmark"
+AGAINST = "against"  # another implementation, named by `--against`
 
 
 @dataclass
@@ -114,7 +115,8 @@ def load_model(args: ModelArguments, config: LandmarkLlamaConfig, implementation
     config = dense_config(config) if dense else config
     if args.model is None:
         torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, **attention)
+        with torch.device(args.device):  # drawing billions of weights on a CPU takes minutes
+            model = AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, **attention)
     else:
         # a landmark checkpoint holds LLaMA's own weights under LLaMA's own names
         kind = LlamaForCausalLM if dense else LandmarkLlamaForCausalLM

@@ -23,9 +23,9 @@ class LandmarkCacheLayer(CacheLayerMixin):
         super().__init__()
         self.storage = storage
 
-    def update(self, key_states: Tensor, value_states: Tensor, start: Tensor) -> BlockStorage:
+    def update(self, key_states: Tensor, value_states: Tensor, start: Tensor, stop: int | None = None) -> BlockStorage:
         """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
-        self.storage.write(key_states, value_states, start)
+        self.storage.write(key_states, value_states, start, stop)
         self.is_initialized = True
         return self.storage
 

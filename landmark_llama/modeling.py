@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaForCausalLM, LlamaModel, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
 
 from landmark_llama.attention import landmark_attention
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 TILE_QUERIES = 32  # at least, of those that share a window of keys
 CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
-GATHERED_ELEMENTS = (
-    1 << 20
-)  # most elements of keys that the windows of a chunk may take: few, to stay in the cores' caches
+# most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
+GATHERED_ELEMENTS = 1 << 20
 
 
 class _Chunk(NamedTuple):
@@ -59,16 +58,19 @@ class LandmarkLlamaAttention(LlamaAttention):
         rotary: RotaryTable,
         groups: QueryGroups | None = None,
         settings: RetrievalSettings | None = None,
+        remember_only: bool = False,
         position_ids: None = None,
         use_cache: None = None,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor | None, None]:
         """`hidden_states` (batch, columns, hidden_size) to the same; streamed through `past_key_values` if given.
 
-        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned.
+        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned. With
+        `remember_only`, keys and values go to the cache and there is no output.
         """
         batch, columns = hidden_states.shape[:2]
         shape = (batch, columns, -1, self.head_dim)
-        query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
+        query = None if remember_only else self.q_proj(hidden_states).view(shape)
         block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
         if past_key_values is None:
             position = torch.arange(columns, device=query.device).unsqueeze(1)
@@ -80,9 +82,11 @@ class LandmarkLlamaAttention(LlamaAttention):
                 scale=scale,
             ).transpose(1, 2)
         else:
-            position = groups.start.unsqueeze(1) + torch.arange(columns, device=query.device)
+            position = groups.start.unsqueeze(1) + torch.arange(columns, device=key.device)
             key = rotary.rotate(key, (position % block_size).unsqueeze(-1))
-            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start)
+            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start, groups.stop)
+            if remember_only:
+                return None, None
             output = attend_through_table(
                 query.unflatten(2, (key.shape[2], -1)),
                 storage,
@@ -97,10 +101,26 @@ class LandmarkLlamaAttention(LlamaAttention):
         return self.o_proj(output.reshape(batch, columns, -1)), None
 
 
+class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
+    """LLaMA's layer with landmark attention."""
+
+    def __init__(self, config: LandmarkLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = LandmarkLlamaAttention(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, *, remember_only: bool = False, **attention: Any) -> Tensor | None:
+        """As LLaMA's; with `remember_only` it fills the cache and returns None, where nobody reads its output."""
+        if not remember_only:
+            return super().forward(hidden_states, **attention)
+        self.self_attn(self.input_layernorm(hidden_states), remember_only=True, **attention)
+        return None
+
+
 class LandmarkLlamaModel(LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
 
     config_class = LandmarkLlamaConfig
+    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
         if config.landmark_token_id is None:
@@ -111,8 +131,8 @@ class LandmarkLlamaModel(LlamaModel):
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: landmark attention has no dropout, set 0")
         super().__init__(config)
-        for layer_idx, layer in enumerate(self.layers):
-            layer.self_attn = LandmarkLlamaAttention(config, layer_idx)
+        for layer_idx in range(config.num_hidden_layers):
+            self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
 
@@ -206,12 +226,15 @@ class LandmarkLlamaModel(LlamaModel):
             begin = chunk.begin.to(content.device).unsqueeze(1)
             column = begin + torch.arange(groups.slot.shape[1], device=content.device)
             states = self._embed(content, layout.source.gather(1, column.clamp_max(layout.source.shape[1] - 1)))
-            for layer in self.layers:
-                states = layer(states, past_key_values=cache, rotary=rotary, groups=groups, settings=settings)
             local = output - begin
-            inside = (local >= 0) & (local < chunk.length.to(content.device).unsqueeze(1))
-            if inside.any():
-                row, place = inside.nonzero(as_tuple=True)
+            row, place = ((local >= 0) & (local < chunk.length.to(content.device).unsqueeze(1))).nonzero(as_tuple=True)
+            *layers, last = self.layers
+            through = {"past_key_values": cache, "rotary": rotary, "groups": groups, "settings": settings}
+            for layer in layers:
+                states = layer(states, **through)
+            # the last layer's output is read where it is kept, its keys and values in all later calls
+            states = last(states, remember_only=not len(row), **through)
+            if len(row):
                 kept[row, place] = self.norm(states[row, local[row, place]])
         return kept
 
@@ -246,9 +269,12 @@ class LandmarkLlamaModel(LlamaModel):
     def _chunk_blocks(self, layout: Layout, settings: RetrievalSettings) -> int:
         """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
         config, tile = self.config, self._tile_blocks(settings)
+        blocks = max(1, CHUNK_POSITIONS // config.block_size)
+        if layout.source.device.type != "cpu":
+            return -(-blocks // tile) * tile
         block = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
         window = block * (1 + settings.num_direct_blocks / tile + settings.num_retrieved_blocks)
-        blocks = min(CHUNK_POSITIONS // config.block_size, int(GATHERED_ELEMENTS // window))
+        blocks = min(blocks, int(GATHERED_ELEMENTS // window))
         return max(1, blocks // tile) * tile
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:
@@ -341,6 +367,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
     config_class = LandmarkLlamaConfig
+    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
     accepts_loss_kwargs = True
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:

@@ -18,8 +18,11 @@ class BlockStorage(Protocol):
     def expect(self, blocks: int) -> None:
         """Announces that rows will soon hold `blocks` blocks, so that room for them is made once."""
 
-    def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
-        """Stores (batch, length, kv_heads, head_dim) at landmarked positions `start[row] ..`, growing where needed."""
+    def write(self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None) -> None:
+        """Stores (batch, length, kv_heads, head_dim) at landmarked positions `start[row] ..`, growing where needed.
+
+        stop: the largest of the positions after what is stored, where the caller knows it: no GPU need be asked.
+        """
 
     def landmarks(self, blocks: int) -> Tensor:
         """Landmark keys (batch, kv_heads, blocks, head_dim) of the first `blocks` blocks, without a copy."""
@@ -52,22 +55,25 @@ class DeviceStorage:
     def expect(self, blocks: int) -> None:
         self.expected = blocks + blocks // 8
 
-    def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None) -> None:
         rows, length = key.shape[:2]
         if self.key is not None and (rows, *key.shape[2:]) != (self.key.shape[0], self.key.shape[1], self.key.shape[4]):
             raise ValueError(
                 f"the cache holds {self.key.shape[0]} rows of {self.key.shape[1]} KV heads of {self.key.shape[4]}; "
                 f"got {rows} rows of {key.shape[2]} of {key.shape[3]}: use one cache for one batch and model"
             )
-        self._reserve(-(-(int(start.max()) + length) // self.block_size), key)
+        stop = int(start.max()) + length if stop is None else stop
+        self._reserve(-(-stop // self.block_size), key)
         row = torch.arange(rows, device=key.device).unsqueeze(1)
-        position = start.to(key.device).unsqueeze(1) + torch.arange(length, device=key.device)
+        start = start.to(key.device).unsqueeze(1)
+        position = start + torch.arange(length, device=key.device)
         block, offset = position // self.block_size, position % self.block_size
         self.key[row, :, block, offset] = key.to(self.key.dtype)
         self.value[row, :, block, offset] = value.to(self.value.dtype)
-        ends = offset == self.block_size - 1
-        row = row.expand_as(block)[ends]
-        self.landmark[row, :, block[ends]] = key[ends].to(self.landmark.dtype)
+        # the last key of every block written to: which blocks are complete need not be known, the others' is never read
+        touched = start // self.block_size + torch.arange((length - 1) // self.block_size + 2, device=key.device)
+        touched = touched.clamp_max(self.capacity - 1)
+        self.landmark[row, :, touched] = self.key[row, :, touched, -1]
 
     def landmarks(self, blocks: int) -> Tensor:
         return self.landmark[:, :, :blocks]

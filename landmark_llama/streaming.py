@@ -7,15 +7,16 @@ chunked attention reads the blocks of the current chunk directly.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from landmark_llama.attention.availability import triton_is_installed
 from landmark_llama.attention.blockwise import attend_retrieved, attend_window
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.retrieval import choose_blocks, rotate_to_distances
-from landmark_llama.storage import BlockStorage
+from landmark_llama.storage import BlockStorage, DeviceStorage
 
 
 class QueryGroups(NamedTuple):
@@ -36,6 +37,11 @@ class QueryGroups(NamedTuple):
     last_block: (batch,): the last block that the row has begun.
     start: (batch,): landmarked position of each row's first column.
     window: blocks of a window.
+    candidates: the most candidates of a group.
+    stop: the largest landmarked position after the call's columns.
+    one_block: whether the valid queries of every group lie in one block (a boolean).
+
+    The last four are numbers of the host, which need not ask a device for them.
     """
 
     column: Tensor
@@ -49,6 +55,9 @@ class QueryGroups(NamedTuple):
     last_block: Tensor
     start: Tensor
     window: int
+    candidates: int
+    stop: int
+    one_block: bool
 
     @classmethod
     def of(
@@ -111,11 +120,14 @@ class QueryGroups(NamedTuple):
             last_block=last,
             start=start,
             window=window,
+            candidates=int(first_block.max()),
+            stop=int(start.max()) + columns,
+            one_block=not chunked,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> QueryGroups:
         """The same groups on `device` (the signature that accelerate's device hooks call)."""
-        return QueryGroups(*(x.to(device, non_blocking=non_blocking) for x in self[:-1]), self.window)
+        return QueryGroups(*(x.to(device, non_blocking=non_blocking) for x in self[:-4]), *self[-4:])
 
     def gather(self, x: Tensor) -> Tensor:
         """(batch, columns, ...) to (batch, groups, queries, ...)."""
@@ -182,14 +194,16 @@ def attend_through_table(
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
+    if _kernels_take(query, storage, rotary, block_size):
+        settings = {"block_size": block_size, "rotary": rotary, "scale": scale}
+        return _attend_with_kernels(query, storage, groups, num_retrieved_blocks, granularity, landmarks_tie, settings)
     grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
     output, lse = _attend_direct(grouped, storage, groups, block_size, rotary, scale)
-    candidates = int(groups.first_block.max())
-    if num_retrieved_blocks and candidates:
+    if num_retrieved_blocks and groups.candidates:
         rotated = rotate_to_distances(grouped * scale, groups.position, num_retrieved_blocks, block_size, rotary)
         choice = choose_blocks(
             rotated,
-            storage.landmarks(candidates),
+            storage.landmarks(groups.candidates),
             groups.first_block,
             groups.valid,
             granularity=granularity,
@@ -207,6 +221,67 @@ def attend_through_table(
             (output.unflatten(4, shape), lse.unflatten(4, shape)),
         ).flatten(4, 5)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
+
+
+def _kernels_take(query: Tensor, storage: BlockStorage, rotary: RotaryTable, block_size: int) -> bool:
+    """Whether the GPU kernels can do the work of `attend_through_table`; where not, PyTorch does."""
+    if not (query.is_cuda and isinstance(storage, DeviceStorage) and triton_is_installed()):
+        return False
+    from landmark_llama.attention.triton_table import supported
+
+    one_dtype = query.dtype == storage.key.dtype and rotary.cos.dtype == torch.float32
+    return one_dtype and supported(query.dtype, query.shape[-1], block_size, query.device)
+
+
+def _attend_with_kernels(
+    query: Tensor,
+    storage: DeviceStorage,
+    groups: QueryGroups,
+    k: int,
+    granularity: str,
+    landmarks_tie: bool,
+    settings: dict[str, Any],
+) -> Tensor:
+    """`attend_through_table` in Triton: a few launches, and no number that the host must wait for."""
+    from landmark_llama.attention.triton_rows import QueryRows
+    from landmark_llama.attention.triton_selection import select_blocks
+    from landmark_llama.attention.triton_table import attend_table
+
+    query = query.contiguous()
+    rows = QueryRows(groups.column, groups.valid, groups.position, groups.first_block).contiguous()
+    choice = None
+    with torch.cuda.device_of(query):
+        if k and groups.candidates and granularity == "token":
+            choice = _choose_for_all_heads(query, storage, groups, k, landmarks_tie, **settings)
+        elif k and groups.candidates:
+            how = {"k": k, "share": granularity == "head", "landmarks_tie": landmarks_tie}
+            choice = select_blocks(query, storage.landmark, rows, **how, **settings)
+        return attend_table(query, storage.key, storage.value, rows, choice, one_block=groups.one_block, **settings)
+
+
+def _choose_for_all_heads(
+    query: Tensor,
+    storage: BlockStorage,
+    groups: QueryGroups,
+    k: int,
+    landmarks_tie: bool,
+    *,
+    block_size: int,
+    rotary: RotaryTable,
+    scale: float,
+) -> Tensor:
+    """The blocks of `choose_blocks` for `"token"`, which has no kernel, as the attention kernel takes them."""
+    grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)
+    rotated = rotate_to_distances(grouped * scale, groups.position, k, block_size, rotary)
+    choice = choose_blocks(
+        rotated,
+        storage.landmarks(groups.candidates),
+        groups.first_block,
+        groups.valid,
+        granularity="token",
+        landmarks_tie=landmarks_tie,
+    )
+    return choice.block.int()
 
 
 def _attend_direct(

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # kernels run in Triton's interpreter, which is decided when triton is first imported: transformers imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and workers run side by side
 
 LANDMARK_DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))

@@ -8,7 +8,7 @@ from tiny import LANDMARK, VOCABULARY, in_float64, logits_in_calls, ragged, rand
 from tolerance import assert_as_accurate
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, LandmarkLlamaModel, insert_landmarks
+from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, LandmarkLlamaModel, insert_landmarks, modeling
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LENGTHS = [1, 2, 3, 4, 23, 24, 25, 26, 61, 100]
@@ -66,6 +66,26 @@ def test_logits_to_keep_are_those_of_all_logits(length: int) -> None:
     torch.testing.assert_close(kept.loss, next_token_loss(logits, ids))
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(ids, logits_to_keep=torch.ones(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_where_no_logits_are_kept_the_last_layer_only_remembers(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output is read by nobody there, its keys and values by all that comes later."""
+    monkeypatch.setattr(modeling, "CHUNK_POSITIONS", 16)  # several chunks
+    model, ids = tiny_model(retrieval_granularity=granularity), random_ids(2, 100)
+    outputs = [0, 0]
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_hook(lambda *_, i=i: outputs.__setitem__(i, outputs[i] + 1))
+    logits, kept = {}, {}
+    for keep in (0, 1):
+        cache, outputs[:] = LandmarkCache(model.config), [0, 0]
+        first = model(ids[:, :80], past_key_values=cache, logits_to_keep=keep).logits
+        kept[keep] = tuple(outputs)
+        logits[keep] = torch.cat([first[:, -1:], model(ids[:, 80:], past_key_values=cache).logits], dim=1)
+    assert kept[0][0] == kept[0][1] == kept[1][0] > 2 and kept[1][1] == 1
+    torch.testing.assert_close(logits[1], logits[0])
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -307,6 +327,7 @@ def test_layers_that_are_moved_at_each_call_work() -> None:
     offloaded = tiny_model()
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
     torch.testing.assert_close(offloaded(ids).logits, expected)
+    torch.testing.assert_close(offloaded(ids, logits_to_keep=1).logits, expected[:, -1:])
 
 
 def test_saving_and_loading_gives_the_same_model(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from landmark_llama.attention.availability import triton_is_installed
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
 from landmark_llama.attention.reference import landmark_attention_reference
 
@@ -34,6 +35,11 @@ def landmark_attention(
     """
     _check(query, key, value, block_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda and triton_is_installed():
+        from landmark_llama.attention.fused import fused_landmark_attention, unsupported
+
+        if not unsupported(query):
+            return fused_landmark_attention(query, key, value, block_size, scale)
     return blockwise_landmark_attention(query, key, value, block_size, scale)
 
 

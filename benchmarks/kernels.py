@@ -1,0 +1,364 @@
+"""Landmark attention's kernels beside flash attention: training steps, and prompts read through a cache.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --lengths 8192 --block_size 51 --repetitions 50
+    python benchmarks/kernels.py --against package.module:function
+
+Needs a GPU; without one it says so and exits 2. Dense attention is `scaled_dot_product_attention`, causal, held to its
+flash backend (`flash`) and to cuDNN's (`cudnn`). `--against` times another landmark attention in the same run, called
+as `function(query, key, value, block_size=...)`. Implementations take turns in one process. Each time is also given as
+a multiple of its floor: the operations that the work needs at the rate of a large matrix product measured here, or its
+bytes at the rate of a large copy, whichever takes longer. Rows go to `--output`, failures beside it.
+
+What reading is: the attention of one layer over a whole prompt whose keys and values the cache holds, cut into chunks
+as the model cuts it; dense attention does the same in one call.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
+from benchmarks.checks import check_attention, check_reading
+from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, imported, machine, statistics_of, versions
+from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config
+from landmark_llama import landmark_attention
+from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.modeling import CHUNK_POSITIONS
+from landmark_llama.storage import DeviceStorage
+from landmark_llama.streaming import QueryGroups, attend_through_table
+
+FLASH, CUDNN = "flash", "cudnn"
+GRANULARITIES = ("head", "token_and_head")
+DEVICE = "cuda"
+SHAPE = ("heads", "kv_heads", "head_dim", "block_size", "num_retrieved_blocks", "num_local_blocks")
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Arguments:
+    """What is measured, and how often."""
+
+    lengths: list[int] = field(
+        default_factory=lambda: [4096, 8192, 32768], metadata={"help": "Positions of a row, each measured."}
+    )
+    reading_lengths: list[int] = field(
+        default_factory=lambda: [32768, 131072], metadata={"help": "Positions of a prompt, each read."}
+    )
+    num_retrieved_blocks: int = field(default=8, metadata={"help": "Blocks that a query retrieves while reading."})
+    num_local_blocks: int = field(default=8, metadata={"help": "Blocks before its own that it reads directly."})
+    tokens: int = field(default=32768, metadata={"help": "Positions of a batch: shorter rows make larger batches."})
+    heads: int = field(default=32, metadata={"help": "Query heads."})
+    kv_heads: int = field(default=0, metadata={"help": "Key and value heads; 0: as many as query heads."})
+    head_dim: int = field(default=128, metadata={"help": "Width of a head."})
+    block_size: int = field(default=64, metadata={"help": "Positions of a block, its landmark included."})
+    dtype: Literal["bfloat16", "float16"] = field(default="bfloat16", metadata={"help": "Of queries, keys and values."})
+    repetitions: int = field(default=20, metadata={"help": "Calls measured per implementation."})
+    warmup: int = field(default=3, metadata={"help": "Calls per implementation before the clock starts."})
+    against: str = field(default="", metadata={"help": "Another landmark attention, as module:function."})
+    output: str = field(
+        default=str(Path(__file__).parent / "results" / "kernels-gpu.jsonl"),
+        metadata={"help": "File that rows are added to."},
+    )
+
+    def __post_init__(self) -> None:
+        self.kv_heads = self.kv_heads or self.heads
+        for flag in ("lengths", "reading_lengths"):
+            for length in getattr(self, flag):
+                if length < 1:
+                    raise ValueError(f"--{flag} {length}: a row has at least one position")
+        if self.repetitions < 1:
+            raise ValueError(f"--repetitions {self.repetitions}: must be at least 1")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch knows it."""
+        return getattr(torch, self.dtype)
+
+
+class Rates(NamedTuple):
+    """What the GPU reaches in this run."""
+
+    operations_per_second: float
+    bytes_per_second: float
+
+    def floor(self, args: Arguments, length: int, batch: int, backward: bool) -> float:
+        """Seconds that causal attention takes at the least."""
+        # two matrix products forward and five backward, half of each product being masked
+        products = 7 if backward else 2
+        operations = products * batch * args.heads * length**2 * args.head_dim
+        query = batch * args.heads * length * args.head_dim * args.torch_dtype.itemsize
+        key = query * args.kv_heads // args.heads
+        # forward: q, k, v in, o out; backward: q, k, v, o, do in, dq, dk, dv out
+        moved = 2 * query + 2 * key + (4 * query + 4 * key if backward else 0)
+        return self._seconds(operations, moved)
+
+    def reading_floor(self, args: Arguments, length: int) -> float:
+        """Seconds that reading one row takes at the least: all landmarks scored, and every block of the table read."""
+        pairs = length * length / args.block_size / 2
+        table = length * args.block_size * (args.num_retrieved_blocks + args.num_local_blocks + 0.5)
+        operations = 2 * args.heads * args.head_dim * (pairs + 2 * table)
+        query = args.heads * length * args.head_dim * args.torch_dtype.itemsize
+        return self._seconds(operations, 2 * query + 2 * query * args.kv_heads // args.heads)
+
+    def _seconds(self, operations: float, moved: float) -> float:
+        return max(operations / self.operations_per_second, moved / self.bytes_per_second)
+
+
+def measure_rates(dtype: torch.dtype) -> Rates:
+    """The rates of a large matrix product and of a large copy."""
+    size = 8192
+    x, y = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**30, device=DEVICE, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = statistics_of(_time({"": lambda: x @ y}, 20, 3)[""])["median"]
+    copy = statistics_of(_time({"": lambda: target.copy_(source)}, 20, 3)[""])["median"]
+    return Rates(2 * size**3 / product, 2 * source.numel() / copy)
+
+
+def implementations(args: Arguments) -> dict[str, Attention]:
+    """What is timed, by name. Raises ValueError if `--against` cannot be imported."""
+    found: dict[str, Attention] = {
+        FLASH: partial(_dense, SDPBackend.FLASH_ATTENTION),
+        CUDNN: partial(_dense, SDPBackend.CUDNN_ATTENTION),
+        LANDMARK: partial(landmark_attention, block_size=args.block_size),
+    }
+    if args.against:
+        found[AGAINST] = partial(imported(args.against), block_size=args.block_size)
+    return found
+
+
+def _dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+
+
+def _time(calls: dict[str, Callable[[], object]], repetitions: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of each call, `repetitions` times; they take turns, in alternating order."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    for repetition in range(repetitions):
+        order = list(calls.items())
+        for name, call in order if repetition % 2 == 0 else order[::-1]:
+            watch = Stopwatch(DEVICE)
+            call()
+            seconds[name].append(watch.lap())
+    return seconds
+
+
+def _forward(attend: Attention, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+    with torch.no_grad():
+        attend(*inputs)
+
+
+def _forward_backward(attend: Attention, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+    torch.autograd.grad(attend(*inputs), inputs, grad)
+
+
+def measure(args: Arguments, length: int, attentions: dict[str, Attention], rates: Rates, results: ResultsFile) -> None:
+    """Times one length and adds its rows; what cannot run it is a failure, and the others go on."""
+    batch = max(1, args.tokens // length)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(batch, heads, length, args.head_dim, generator=generator, device=DEVICE, dtype=args.torch_dtype)
+        for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    )
+    inputs = tuple(x.requires_grad_() for x in (query, key, value))
+    where = {"length": length, "batch": batch}
+    memory, able = {}, {}
+    for name, attend in attentions.items():
+        try:
+            _forward_backward(attend, inputs, grad)  # compiles
+            peak = PeakMemory(DEVICE)
+            _forward_backward(attend, inputs, grad)
+            memory[name], able[name] = peak.mib(), attend
+        except (RuntimeError, ValueError) as error:
+            results.add_failure({"implementation": name, **where}, str(error).strip().splitlines()[0])
+    for quantity, step in (("forward_seconds", _forward), ("forward_backward_seconds", _forward_backward)):
+        calls = {name: partial(step, attend, inputs, grad) for name, attend in able.items()}
+        seconds = {name: statistics_of(x) for name, x in _time(calls, args.repetitions, args.warmup).items()}
+        floor = rates.floor(args, length, batch, backward=step is _forward_backward)
+        _add(results, quantity, where, seconds, dict.fromkeys(seconds, floor))
+    _add(results, "peak_memory_mib", where, {name: statistics_of([mib]) for name, mib in memory.items()}, {})
+
+
+class Reader:
+    """The attention of one layer over prompts of `length` positions, through a cache with their keys and values."""
+
+    def __init__(self, args: Arguments, length: int, granularity: str, key: Tensor, value: Tensor) -> None:
+        self.args, self.granularity = args, granularity
+        self.storage = DeviceStorage(args.block_size)
+        self.storage.expect(-(-length // args.block_size))
+        self.storage.write(key.transpose(1, 2), value.transpose(1, 2), torch.zeros(1, dtype=torch.long))
+        tile = args.num_local_blocks
+        step = max(1, CHUNK_POSITIONS // args.block_size // tile) * tile * args.block_size
+        self.chunks = [
+            (
+                start,
+                QueryGroups.of(
+                    torch.tensor([start]),
+                    torch.tensor([min(step, length - start)]),
+                    num_direct_blocks=args.num_local_blocks,
+                    tile_blocks=tile,
+                    chunked=False,
+                    share=granularity == "head",
+                    block_size=args.block_size,
+                ).to(torch.device(DEVICE)),
+            )
+            for start in range(0, length, step)
+        ]
+        positions = (args.num_retrieved_blocks + 2 + args.num_local_blocks + tile) * args.block_size
+        angle = torch.arange(positions).unsqueeze(1) * 1e4 ** -torch.linspace(0, 1, args.head_dim // 2)
+        self.rotary = RotaryTable(angle.cos(), angle.sin()).to(torch.device(DEVICE))
+
+    @torch.no_grad()
+    def __call__(self, query: Tensor) -> None:
+        """`query`: (1, heads, length, head_dim)."""
+        rows = query.transpose(1, 2).unflatten(2, (self.args.kv_heads, -1))
+        for start, groups in self.chunks:
+            attend_through_table(
+                rows[:, start : start + groups.slot.shape[1]],
+                self.storage,
+                groups,
+                num_retrieved_blocks=self.args.num_retrieved_blocks,
+                granularity=self.granularity,
+                block_size=self.args.block_size,
+                rotary=self.rotary,
+                scale=self.args.head_dim**-0.5,
+                landmarks_tie=False,
+            )
+
+
+def measure_reading(args: Arguments, length: int, granularities: list[str], rates: Rates, results: ResultsFile) -> None:
+    """Times the attention of one prompt and adds its rows."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, length, args.head_dim, generator=generator, device=DEVICE, dtype=args.torch_dtype)
+        for heads in (args.heads, args.kv_heads, args.kv_heads)
+    )
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(_forward, partial(_dense, backend), (query, key, value), query)
+        for name, backend in ((FLASH, SDPBackend.FLASH_ATTENTION), (CUDNN, SDPBackend.CUDNN_ATTENTION))
+    }
+    for granularity in granularities:
+        calls[f"{LANDMARK} {granularity}"] = partial(Reader(args, length, granularity, key, value), query)
+    where = {"length": length, "batch": 1}
+    for name, call in list(calls.items()):
+        try:
+            call()  # compiles
+        except (RuntimeError, ValueError) as error:
+            results.add_failure({"implementation": name, **where}, str(error).strip().splitlines()[0])
+            del calls[name]
+    seconds = {name: statistics_of(x) for name, x in _time(calls, args.repetitions, args.warmup).items()}
+    dense, sparse = rates.floor(args, length, 1, backward=False), rates.reading_floor(args, length)
+    floors = {name: sparse if name.startswith(LANDMARK) else dense for name in seconds}
+    _add(results, "reading_seconds", where, seconds, floors)
+
+
+def _add(
+    results: ResultsFile,
+    quantity: str,
+    where: dict[str, int],
+    figures: dict[str, dict[str, Any]],
+    floors: dict[str, float],
+) -> None:
+    """A row for each implementation; `floors`: seconds that it takes at the least, where that is said."""
+    flash = figures.get(FLASH, {}).get("median")
+    for name, row in figures.items():
+        ratio = {"ratio_to_flash": round(row["median"] / flash, 4) if flash else None}
+        if name in floors:
+            ratio |= {
+                "floor_seconds": float(f"{floors[name]:.6g}"),
+                "ratio_to_floor": round(row["median"] / floors[name], 3),
+            }
+        results.add({"quantity": quantity, "implementation": name, **where, **row, **ratio})
+        print(f"{where['length']:>7,}  {quantity:<25} {name:<9} {row['median']:>10.4g}  {ratio}", file=sys.stderr)
+
+
+def _right(
+    args: Arguments, attentions: dict[str, Attention], results: ResultsFile
+) -> tuple[dict[str, Attention], list[str]]:
+    """The dense implementations, and of the landmark ones those that agree with the definition; so for `GRANULARITIES`.
+
+    A speed is reported only where the result is right.
+    """
+    shape = ModelArguments(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=256,
+        layers=2,
+        heads=4,
+        kv_heads=max(1, 4 * args.kv_heads // args.heads),
+        head_dim=args.head_dim,
+        block_size=args.block_size,
+        train_context_length=16 * args.block_size,
+        dtype=args.dtype,
+        device=DEVICE,
+    )
+    right, reading = dict(attentions), []
+    for name in (LANDMARK, AGAINST):
+        problem = check_attention(shape, landmark_config(shape, "head"), right[name]) if name in right else None
+        if problem:
+            results.add_failure({"implementation": name}, f"not measured, its result is wrong: {problem}")
+            del right[name]
+    for granularity in GRANULARITIES:
+        problem = check_reading(shape, landmark_config(shape, granularity))
+        if problem:
+            name = f"{LANDMARK} {granularity}"
+            results.add_failure({"implementation": name}, f"not measured, its result is wrong: {problem}")
+        else:
+            reading.append(granularity)
+    return right, reading
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 0, 1 if something could not be measured, 2 without a GPU."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    attentions = implementations(args)
+    if not torch.cuda.is_available():
+        print("benchmarks: no GPU was found, and the kernels run on nothing else", file=sys.stderr)
+        return 2
+    rates = measure_rates(args.torch_dtype)
+    common = {
+        "benchmark": "kernels",
+        "model": "random tensors",
+        "shape": {name: getattr(args, name) for name in SHAPE},
+        "dtype": args.dtype,
+        **rates._asdict(),
+        "machine": machine(DEVICE, 0),
+        "versions": {**versions(), "triton": importlib.metadata.version("triton")},
+    }
+    results = ResultsFile(Path(args.output), common)
+    attentions, reading = _right(args, attentions, results)
+    for length in args.lengths:
+        measure(args, length, attentions, rates, results)
+    for length in args.reading_lengths:
+        measure_reading(args, length, reading, rates, results)
+    print(results.path)
+    if results.failures:
+        print(results.failed_path)
+    return 1 if results.failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"benchmarks: {error}")
+    except KeyboardInterrupt:
+        sys.exit("benchmarks: interrupted; the rows of finished lengths are kept")

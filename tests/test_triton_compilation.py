@@ -1,0 +1,47 @@
+"""Kernels compiled for GPUs that are not there: within the registers and the shared memory of the chips."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from triton_compilation import MEMORY
+
+SCRIPT = Path(__file__).with_name("triton_compilation.py")
+
+# Bytes of memory that a thread may use for registers it lacks, by kernel and capability; of any other kernel none. In
+# the training kernels they are loop invariants, read outside the innermost loops but for a few.
+SPILLS = {
+    "forward_kernel": {80: 128},
+    "query_gradient_kernel": {80: 16},
+    "key_gradient_kernel": {80: 128, 90: 16},
+    "_choose_kernel": {80: 16},
+    "_attend_kernel": {80: 64, 90: 64},
+}
+KERNELS = {"training": 3, "inference": 7}  # how many there are
+
+
+def compiled(family: str, capability: int, *shapes: str) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), family, str(capability), *shapes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", MEMORY)
+@pytest.mark.parametrize(
+    ("family", "shape"), [("training", "7b"), ("training", "narrow"), ("training", "published"), ("inference", "7b")]
+)
+def test_kernels_fit_the_chips(family: str, shape: str, capability: int) -> None:
+    rows = compiled(family, capability, shape)
+    assert len({row["kernel"] for row in rows}) == KERNELS[family]
+    for row in rows:
+        assert row["shared"] <= MEMORY[capability], row
+        assert row["spills"] <= SPILLS.get(row["kernel"], {}).get(capability, 0), row

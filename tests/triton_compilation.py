@@ -1,0 +1,181 @@
+"""Compiles kernels ahead of time, for chips that need not be there.
+
+    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes, all
+
+Kernels are compiled as they are called: launching is replaced by recording, so that arguments, tiles and
+specialisation are those of the real call. Prints a JSON row a kernel: registers and spilled bytes a thread, shared
+memory of a program. It is a process of its own because a process either interprets kernels or compiles them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+Call = tuple[triton.JITFunction, dict[str, Any], dict[str, Any]]  # kernel, arguments by name, options
+
+MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # shared memory in bytes that one program may take, by capability
+
+
+class Recorder:
+    """Stands where kernels are launched and keeps each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def run(self, kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        named |= {name: kwargs.pop(name) for name in list(kwargs) if name in kernel.arg_names}
+        self.calls.append((kernel, named, kwargs))
+
+
+def compile_call(
+    kernel: triton.JITFunction, arguments: dict[str, Any], options: dict[str, Any], capability: int
+) -> dict[str, Any]:
+    """Compiles one recorded call for a chip of `capability`, specialised as a launch would be."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def specialise(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialise(x, (*path, i)) for i, x in enumerate(value))
+        if constant or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+
+    for i, parameter in enumerate(kernel.params):
+        signature[parameter.name] = specialise(arguments[parameter.name], (i,), parameter.is_constexpr)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {
+        "kernel": kernel.fn.__name__,
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        **resources(compiled.asm["ptx"], capability),
+    }
+
+
+def resources(ptx: str, capability: int) -> dict[str, int]:
+    """Registers a thread and bytes that a thread spills, as the assembler says."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx, encoding="utf-8")
+        chip = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={chip}", str(source), "-o", f"{folder}/kernel.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+    }
+
+
+SHAPES = {
+    # heads, kv_heads, head_dim, block_size, k, dtype, queries of a group (k and these in inference only)
+    "7b": (32, 32, 128, 64, 8, torch.bfloat16, 64),
+    "8b_grouped": (32, 8, 128, 64, 8, torch.float16, 64),
+    "decoding": (32, 8, 128, 64, 8, torch.bfloat16, 1),
+    "published": (32, 32, 128, 51, 5, torch.bfloat16, 51),
+    "demo": (4, 4, 32, 16, 4, torch.float32, 16),
+    "narrow": (32, 8, 64, 64, 8, torch.bfloat16, 64),
+    "wide": (8, 8, 256, 256, 4, torch.bfloat16, 256),
+    "full_precision": (32, 8, 128, 64, 8, torch.float32, 64),
+}
+
+
+def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
+    """What a training step launches at one of `SHAPES`: for each kernel its tiles, from the largest."""
+    from landmark_llama.attention import fused
+
+    heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
+    query, key = (torch.empty(1, n, 4096, head_dim, dtype=dtype) for n in (heads, kv_heads))
+    lse = torch.empty(query.shape[:3])
+    every = fused.tiles
+    for kernel in fused.TILES:
+        tiles = every(kernel, head_dim, dtype)
+        for tile in tiles:
+            fused.tiles = lambda *_, tile=tile: (tile,)
+            torch.ops.landmark_llama.attention_forward(query, key, key, block_size, 0.1)
+            torch.ops.landmark_llama.attention_backward(query, query, key, key, query, lse, block_size, 0.1)
+        recorded, recorder.calls = recorder.calls, []
+        yield [call for call in recorded if call[0].fn.__name__ == f"{kernel}_kernel"]
+    fused.tiles = every
+
+
+def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
+    """What reading through the cache launches at one of `SHAPES`, for a choice of each query and a shared one."""
+    from landmark_llama.attention import triton_selection, triton_table
+    from landmark_llama.attention.rotary import RotaryTable
+    from landmark_llama.attention.triton_rows import QueryRows
+
+    heads, kv_heads, head_dim, block_size, k, dtype, queries = SHAPES[name]
+    triton_table.shared_memory = lambda device: memory
+    groups, capacity = 2, 2048
+    query = torch.empty(1, groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
+    landmark = torch.empty(1, kv_heads, capacity, head_dim, dtype=dtype)
+    block = landmark.unsqueeze(3).expand(-1, -1, -1, block_size, -1)  # never read
+    index = torch.zeros(1, groups, queries, dtype=torch.long)
+    rows = QueryRows(index, index.bool(), index, index[..., 0].contiguous())
+    table = torch.empty(16, head_dim // 2)
+    settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
+    for share, tie in ((False, False), (True, False), (False, True), (True, True)):
+        choice = triton_selection.select_blocks(query, landmark, rows, k=k, share=share, landmarks_tie=tie, **settings)
+        triton_table.attend_table(query, block, block, rows, choice, one_block=not tie, **settings)
+    triton_table.attend_table(query, block, block, rows, None, one_block=True, **settings)
+    recorded, recorder.calls = recorder.calls, []
+    yield from ([call] for call in recorded)
+
+
+def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for every different kernel of a family (`training`, `inference`) at the shapes `names`.
+
+    Of a kernel's tiles the first counts that the chip has room for, or the last.
+    """
+    recorder, memory = Recorder(), MEMORY[capability]
+    triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
+    for name in names:
+        seen = set()
+        calls = training_calls(name, recorder) if family == "training" else inference_calls(name, recorder, memory)
+        for tiles in calls:
+            kernel, arguments, options = tiles[0]
+            constants = {k: v for k, v in arguments.items() if not isinstance(v, (torch.Tensor, float))}
+            key = (kernel.fn.__name__, *sorted(constants.items()), *sorted(options.items()))
+            if key in seen:
+                continue
+            seen.add(key)
+            for kernel, arguments, options in tiles:
+                row = compile_call(kernel, arguments, options, capability)
+                if row["shared"] <= memory:
+                    break
+            tile = {name: arguments[name] for name in ("ROWS", "M", "N") if name in arguments}
+            yield {"shape": name, "tile": tile, **row}
+
+
+if __name__ == "__main__":
+    for row in compiled_rows(sys.argv[1], int(sys.argv[2]), sys.argv[3:] or list(SHAPES)):
+        print(json.dumps(row), flush=True)
