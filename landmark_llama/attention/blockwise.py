@@ -3,7 +3,7 @@
 Three functions share one tile of work, a set of queries against whole blocks of keys:
 
 - `blockwise_landmark_attention`: causal attention over one sequence, with a backward of its own. It walks over query
-  tiles, reads only the blocks that a tile can see, and keeps one number a (query, block) for the backward.
+  tiles, reads only the blocks that a tile can see, and keeps two numbers a (query, block) for the backward.
 - `attend_window`: each group of queries over its own short window of consecutive blocks, returning the logsumexp too.
 - `attend_retrieved`: each group of queries over blocks that it chose, merged with the result of `attend_window`.
 
@@ -45,7 +45,7 @@ def attend_window(
     """
     query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
     scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
-    weights, _, lse = _normalise_(scores, position, first)
+    weights, _, _, lse = _normalise_(scores, position, first)
     return weights.flatten(-2) @ value, lse
 
 
@@ -80,38 +80,38 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
-        tiles = _Tiles(query, key, value, block_size)
+        tiles = _Tiles(query, key, value, block_size, scale)
         output = torch.empty_like(tiles.query)
-        adjusts = []
+        kept = []
         for rows, blocks, position in tiles:
-            scores = (tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)).mul_(scale)
-            weights, adjust, _ = _normalise_(scores.unflatten(-1, (-1, block_size)), position)
+            scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
+            weights, adjust, share, _ = _normalise_(scores.unflatten(-1, (-1, block_size)), position)
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
-            adjusts.append(adjust)
+            kept += [adjust, share]
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, output, *adjusts)
+            ctx.save_for_backward(query, key, value, output, *kept)
             ctx.block_size, ctx.scale = block_size, scale
         return tiles.unfold(output).to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *adjusts = ctx.saved_tensors
-        tiles = _Tiles(query, key, value, ctx.block_size)
+        query, key, value, output, *kept = ctx.saved_tensors
+        tiles = _Tiles(query, key, value, ctx.block_size, ctx.scale)
         grad = tiles.fold(grad)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
-        for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
+        for (rows, blocks, position), adjust, share in zip(tiles, kept[::2], kept[1::2], strict=True):
             q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
-            scores = (q @ k.transpose(-1, -2)).mul_(ctx.scale).unflatten(-1, (-1, ctx.block_size))
+            scores = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
             grad_weights = (g @ tiles.value[..., blocks, :].transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
-            weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, mean[..., rows, :], position)
+            weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, share, mean[..., rows, :], position)
             grad_value[..., blocks, :] += weights.flatten(-2).transpose(-1, -2) @ g
-            grad_scores = grad_scores.flatten(-2).mul_(ctx.scale)
+            grad_scores = grad_scores.flatten(-2)
             grad_query[..., rows, :] = grad_scores @ k
             grad_key[..., blocks, :] += grad_scores.transpose(-1, -2) @ q
         return (
-            tiles.unfold(grad_query).to(query.dtype),
+            tiles.unfold(grad_query.mul_(ctx.scale)).to(query.dtype),
             grad_key[..., : key.shape[-2], :].to(key.dtype),
             grad_value[..., : value.shape[-2], :].to(value.dtype),
             None,
@@ -122,11 +122,12 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
 class _Tiles:
     """Query tiles of one attention call, with the key blocks that each can see.
 
-    `query`: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that share a
-    KV head stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks, head_dim).
+    `query`, scaled: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that
+    share a KV head stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks,
+    head_dim).
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> None:
         self.block_size = block_size
         self.group = query.shape[1] // key.shape[1]
         self.query_length, self.key_length = query.shape[-2], key.shape[-2]
@@ -134,7 +135,7 @@ class _Tiles:
         self.key, self.value = (
             torch.nn.functional.pad(_upcast(x), (0, 0, 0, missing)) if missing else _upcast(x) for x in (key, value)
         )
-        self.query = self.fold(query)
+        self.query = self.fold(query) * scale
 
     def bounds(self) -> list[tuple[int, int]]:
         """First and last-but-one query of each tile; tiles end at block boundaries of the keys."""
@@ -168,7 +169,7 @@ class _Tiles:
         return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
 
 
-def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turns scores into weights, in place.
 
     Args:
@@ -178,8 +179,8 @@ def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -
 
     Returns:
         weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the
-        weights, (..., queries, blocks), -inf for blocks that are not seen; the logsumexp of the own group, (...,
-        queries).
+        weights, (..., queries, blocks), -inf for blocks that are not seen; what the weights of each block sum to, (...,
+        queries, blocks); the logsumexp of the own group, (..., queries).
     """
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
@@ -189,8 +190,10 @@ def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -
     share = torch.where(block == own, inside, landmark).masked_fill_(unseen, -torch.inf)
     lse = share.logsumexp(-1)
     share -= lse.unsqueeze(-1)
-    scores.mul_((share.exp() / total).unsqueeze(-1))
-    return scores, share - inside, lse
+    adjust = share - inside
+    share = share.exp()
+    scores.mul_((share / total).unsqueeze(-1))
+    return scores, adjust, share, lse
 
 
 def _exponentials_(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,11 +222,11 @@ def _mask_(scores: Tensor, position: Tensor) -> Tensor:
 
 
 def _grad_scores_(
-    scores: Tensor, grad_weights: Tensor, adjust: Tensor, mean: Tensor, position: Tensor
+    scores: Tensor, grad_weights: Tensor, adjust: Tensor, share: Tensor, mean: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights and the gradient of the scores, in place of `scores` and `grad_weights`.
+    """Weights and the gradient of the scores, in place of `scores` and `grad_weights`; the rest is from `_normalise_`.
 
-    With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark and `D` the row's mean gradient:
+    With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark (`share`), `D` the row's mean:
     `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`,
     `G dG = sum P dP`.
     """
@@ -231,7 +234,6 @@ def _grad_scores_(
     block = torch.arange(scores.shape[-2], device=scores.device)
     own = (position // scores.shape[-1]).unsqueeze(-1)
     weights = scores.add_(adjust.unsqueeze(-1)).exp_()
-    share = weights.sum(-1)  # G at earlier blocks
     share_grad = torch.linalg.vecdot(weights, grad_weights)  # G dG
     block_mean = share_grad / share.clamp_min(torch.finfo(share.dtype).tiny)
     block_mean = torch.where(block == own, mean, block_mean)
