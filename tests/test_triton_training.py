@@ -209,6 +209,13 @@ def test_every_dtype_and_head_dim_has_a_tile_for_every_kernel() -> None:
                 assert fused.tiles(kernel, head_dim, dtype)
 
 
+def test_a_device_without_kernels_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused.triton.knobs.runtime, "interpret", False)
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="query is on cpu: the Triton kernels run on CUDA devices"):
+        fused_landmark_attention(x, x, x, 4, 1.0)
+
+
 def test_dtypes_and_head_dims_beyond_the_kernels_are_refused_by_name() -> None:
     x = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="query is torch.float64: .*float16, bfloat16 and float32"):

@@ -57,7 +57,7 @@ def fused_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_si
     """Causal landmark attention; arguments and result as in `landmark_attention`.
 
     Raises:
-        ValueError: if the kernels do not support the dtype or head_dim, naming what they do.
+        ValueError: if the kernels do not support the device, dtype or head_dim, naming what they do.
     """
     if problem := unsupported(query):
         raise ValueError(problem)
@@ -68,6 +68,8 @@ def fused_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_si
 
 def unsupported(query: Tensor) -> str | None:
     """Why the kernels cannot take a query, if they cannot."""
+    if not query.is_cuda and not triton.knobs.runtime.interpret:
+        return f"query is on {query.device}: the Triton kernels run on CUDA devices"
     if query.dtype not in DTYPES:
         return f"query is {query.dtype}: the Triton kernels support float16, bfloat16 and float32"
     if query.shape[-1] > MAX_HEAD_DIM:
