@@ -4,8 +4,8 @@
     python -m landmark_llama.merge ADAPTER OUT --base meta-llama/Llama-2-7b-hf --max_shard_size 4GB
 
 The base is read tensor by tensor from its safetensors files, the adapter's change is added in fp32 and rounded once to
-the base's own dtype, and shards are written as they fill: memory holds one shard and a few copies of the largest
-tensor, never the model. Needs no peft.
+the base's own dtype, and shards are written one after another: memory holds a shard (twice while it is written) and a
+few copies of the largest tensor, never the model. Needs no peft.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Runs of `finetune/run.py` with an adapter: what they train and save, how they resume, how they refuse."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_finetune_run import Interruption, base, data, flags, interrupt_at_save  # noqa: F401
+from test_finetune_run import ROOT, Interruption, base, data, flags, interrupt_at_save  # noqa: F401
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eval_passkey.models import find_subject
@@ -113,6 +114,20 @@ def test_an_adapter_is_trained_with_gradient_checkpointing_to_the_same_weights(
 ) -> None:
     main(flags(base, data, tmp_path, *LORA, "--gradient_checkpointing", "true"))
     assert same_weights(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_with_twice_the_batch(base: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    main(flags(base, data, tmp_path / "one", *LORA[:2], "--per_device_train_batch_size", "4"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    script = str(ROOT / "finetune" / "run.py")
+    subprocess.run(
+        [*launch, script, *flags(base, data, tmp_path / "two", *LORA[:2])], check=True, stdout=subprocess.DEVNULL
+    )
+    one, two = (json.loads((tmp_path / name / METRICS).read_text()) for name in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    load_adapter(tmp_path / "two")
 
 
 def test_a_merged_model_is_as_good_as_the_run_says(base: Path, data: Path, finished: Path, tmp_path: Path) -> None:  # noqa: F811
