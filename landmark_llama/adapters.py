@@ -76,16 +76,17 @@ class Adapter:
                 raise OSError(f"{folder}: holds no {name}, so it is no adapter of a landmark LLaMA")
         try:
             peft, record = (json.loads((path / name).read_text("utf-8")) for name in (ADAPTER_CONFIG, TOKENIZER_RECORD))
+            fingerprint = record["tokenizer_sha256"]
             config = AutoConfig.from_pretrained(path)
             with safe_open(path / ADAPTER_WEIGHTS, "pt") as weights:
                 shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise OSError(f"{path / ADAPTER_WEIGHTS}: truncated or damaged ({error})") from error
-        except json.JSONDecodeError as error:
-            raise OSError(f"{folder}: {ADAPTER_CONFIG} or {TOKENIZER_RECORD} is not JSON ({error})") from error
+        except (json.JSONDecodeError, KeyError) as error:
+            raise OSError(f"{folder}: {ADAPTER_CONFIG} or {TOKENIZER_RECORD} is damaged ({error!r})") from error
         if not isinstance(config, LandmarkLlamaConfig):
             raise ValueError(f"{folder}: config.json is of a {config.model_type!r}, not of a landmark LLaMA")
-        adapter = cls(path, peft, config, record["tokenizer_sha256"], frozenset(shapes))
+        adapter = cls(path, peft, config, fingerprint, frozenset(shapes))
         adapter._check_landmark_row(shapes)
         return adapter
 
@@ -212,6 +213,8 @@ def load_adapter(
 def _local(folder: str | PathLike[str]) -> Path:
     if Path(folder).exists():
         return Path(folder)
+    if str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):  # no hub id looks like that
+        raise OSError(f"{folder}: there is no such folder")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(folder)))

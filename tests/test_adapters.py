@@ -230,9 +230,14 @@ def test_an_adapter_that_is_not_complete_is_refused(adapter: Path) -> None:
     (adapter / ADAPTER_WEIGHTS).write_bytes((adapter / ADAPTER_WEIGHTS).read_bytes()[:-9])
     with pytest.raises(OSError, match="adapter_model.safetensors: truncated or damaged"):
         load_adapter(adapter)
+    (adapter / TOKENIZER_RECORD).write_text("{}")
+    with pytest.raises(OSError, match="landmark_adapter.json is damaged .KeyError.'tokenizer_sha256'"):
+        load_adapter(adapter)
     (adapter / TOKENIZER_RECORD).unlink()
     with pytest.raises(OSError, match="holds no landmark_adapter.json, so it is no adapter of a landmark LLaMA"):
         load_adapter(adapter)
+    with pytest.raises(OSError, match="nowhere: there is no such folder"):
+        load_adapter(adapter / "nowhere")
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, LandmarkLlamaForCausalLM.from_pretrained])
