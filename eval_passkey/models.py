@@ -80,6 +80,8 @@ def _replace_retrieval_settings(option: str, subject: Subject, retrieval: dict) 
 
 def load_model(option: str, subject: Subject, dtype: str, device: str) -> PreTrainedModel:
     """The model with its weights on `device`, ready to generate; InputError, naming `option`, if that fails."""
+    if landmark_llama.adapters.is_adapter(subject.name):
+        return _load_adapter(option, subject, dtype, device)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             subject.name, config=subject.config, dtype=dtype, output_loading_info=True
@@ -90,6 +92,17 @@ def load_model(option: str, subject: Subject, dtype: str, device: str) -> PreTra
     if loading["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(loading["missing_keys"])
         raise InputError(f"{option} {subject.name}: lacks {len(missing)} weights, the first being {missing[0]}")
+    return model
+
+
+def _load_adapter(option: str, subject: Subject, dtype: str, device: str) -> PreTrainedModel:
+    """The adapter on the base that it names, with the subject's retrieval settings."""
+    try:
+        model = landmark_llama.load_adapter(subject.name, dtype=dtype).to(device).eval()
+    except Exception as error:  # as above
+        raise InputError(f"{option} {subject.name}: the adapter cannot be loaded ({_first_line(error)})") from error
+    for setting, value in subject.retrieval_settings.items():
+        setattr(model.config, setting, value)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What can be set for a fine-tuning run: three dataclasses, filled from a YAML file and from flags that override it."""
+"""What can be set for a fine-tuning run: four dataclasses, filled from a YAML file and from flags that override it."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
 DEFAULT_BLOCK_SIZE = 64
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class UserError(Exception):
@@ -90,6 +91,24 @@ class DataArguments:
 
 
 @dataclass
+class AdapterArguments:
+    """Training a LoRA adapter and the landmark's embedding row in place of all weights (`docs/adapters.md`)."""
+
+    lora_rank: int | None = field(default=None, metadata={"help": "train an adapter of this rank, not all weights"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "the adapter's change is scaled by alpha / rank (default: twice the rank)"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapter"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS),
+        metadata={"help": "linear layers that get an adapter (all of a decoder layer)"},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: hold the base's weights in 4 bits (NF4; needs bitsandbytes)"}
+    )
+
+
+@dataclass
 class RunArguments(TrainingArguments):
     """transformers' own training arguments with this project's defaults."""
 
@@ -118,6 +137,9 @@ class RunArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
+ARGUMENTS = (ModelArguments, DataArguments, RunArguments, AdapterArguments)
+
+
 class _Parser(HfArgumentParser):
     """Says what is wrong in one sentence, where argparse would print hundreds of lines of usage first."""
 
@@ -125,7 +147,7 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, AdapterArguments]:
     """Reads `--config FILE` first and then the flags, which win.
 
     Raises:
@@ -134,7 +156,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     found, flags = finder.parse_known_args(argv)
-    parser = _Parser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False)
+    parser = _Parser(ARGUMENTS, allow_abbrev=False)
     from_file = _flags_from_yaml(Path(found.config), _field_names()) if found.config else []
     try:
         *arguments, unknown = parser.parse_args_into_dataclasses(
@@ -149,8 +171,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
 
 
 def _field_names() -> list[str]:
-    classes = (ModelArguments, DataArguments, RunArguments)
-    return [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
+    return [f.name for cls in ARGUMENTS for f in dataclasses.fields(cls) if f.init]
 
 
 def _flags_from_yaml(path: Path, known: list[str]) -> list[str]:
@@ -179,8 +200,9 @@ def _suggestion(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _check(model: ModelArguments, data: DataArguments, run: RunArguments) -> None:
+def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapter: AdapterArguments) -> None:
     """Refuses what cannot work before anything is read or downloaded."""
+    _check_adapter(model, adapter)
     if (model.model_name_or_path is None) == (model.config_name is None):
         raise UserError("give one of --model_name_or_path (a checkpoint) and --config_name (random weights)")
     if model.config_name and not model.tokenizer_name:
@@ -200,3 +222,27 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Non
     characters = data.corpus_retrieval_characters
     if len(characters) != 2 or not 0 < characters[0] <= characters[1]:
         raise UserError(f"--corpus_retrieval_characters {characters}: give the shortest and the longest document")
+
+
+def _check_adapter(model: ModelArguments, adapter: AdapterArguments) -> None:
+    if adapter.lora_rank is None:
+        if adapter != AdapterArguments():
+            raise UserError("--lora_rank is missing, which --load_in_4bit and the other --lora_ flags are about")
+        return
+    if adapter.lora_rank < 1:
+        raise UserError(f"--lora_rank {adapter.lora_rank}: must be at least 1")
+    if adapter.lora_alpha is not None and adapter.lora_alpha <= 0:
+        raise UserError(f"--lora_alpha {adapter.lora_alpha}: must be larger than 0")
+    if not 0 <= adapter.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {adapter.lora_dropout}: must lie between 0 and 1")
+    for name in adapter.lora_target_modules:
+        if name not in LORA_TARGETS:
+            raise UserError(f"--lora_target_modules {name}: must be some of {', '.join(LORA_TARGETS)}")
+    if not adapter.lora_target_modules:
+        raise UserError(f"--lora_target_modules is empty: give some of {', '.join(LORA_TARGETS)}")
+    if model.attention != "landmark":
+        raise UserError(f"--lora_rank {adapter.lora_rank}: only for --attention landmark")
+    if model.config_name:
+        raise UserError(
+            f"--lora_rank {adapter.lora_rank}: needs --model_name_or_path, the checkpoint it is loaded onto"
+        )

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from finetune.adapters import four_bit
 from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
 from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
 from landmark_llama.conversion import checked_load
@@ -55,11 +56,15 @@ def load_tokenizer(
 
 
 def load_model(
-    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """The model to train: dense, or with landmarks (made of a dense one where needed).
 
-    Adds the landmark token to `tokenizer` where the model has landmarks.
+    Adds the landmark token to `tokenizer` where the model has landmarks. `load_in_4bit`: hold its linear layers in 4
+    bits, for an adapter to be trained on.
 
     Raises:
         UserError: there is no such checkpoint, it is no LLaMA, or its landmark settings cannot work.
@@ -76,26 +81,33 @@ def load_model(
     settings["train_context_length"] = data_args.context_length
     if model_args.attention == "landmark":
         tokenizer.model_max_length = VERY_LARGE_INTEGER  # no text is too long; LLaMA's tokenizer would warn of it
+    weights = {"dtype": dtype}
+    if load_in_4bit:
+        weights["quantization_config"] = four_bit(dtype)
     if isinstance(config, LandmarkLlamaConfig):
-        return _load_landmark(model_args, config, settings, dtype)
+        return _load_landmark(model_args, config, settings, weights)
+    name = model_args.model_name_or_path
     if model_args.config_name:
         config.vocab_size = len(tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
-        model = LlamaForCausalLM(config).to(dtype)
-    else:
-        model = _load(LlamaForCausalLM, model_args.model_name_or_path, config=config, dtype=dtype)
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, token, getattr(tokenizer, token))
+        model, weights = LlamaForCausalLM(config).to(dtype), {}
+    elif model_args.attention == "dense":
+        model = _load(LlamaForCausalLM, name, config=config, **weights)
     if model_args.attention == "dense":
         return model
     try:
         block_size = model_args.block_size or DEFAULT_BLOCK_SIZE
-        return LandmarkLlamaForCausalLM.from_llama(model, tokenizer, block_size=block_size, **settings)
+        source = model if model_args.config_name else name
+        return LandmarkLlamaForCausalLM.from_llama(source, tokenizer, block_size=block_size, **settings, **weights)
     except ValueError as error:
         raise UserError(str(error)) from error
+    except Exception as error:  # as above
+        raise _no_checkpoint(name, error) from error
 
 
 def _load_landmark(
-    model_args: ModelArguments, config: LandmarkLlamaConfig, settings: dict, dtype: torch.dtype
+    model_args: ModelArguments, config: LandmarkLlamaConfig, settings: dict, weights: dict
 ) -> LandmarkLlamaForCausalLM:
     """A landmark checkpoint, to be trained on; its block size stays what it is."""
     name = model_args.model_name_or_path
@@ -109,7 +121,7 @@ def _load_landmark(
         config.retrieval()  # refuses a window that cannot hold the settings
     except ValueError as error:
         raise UserError(str(error)) from error
-    return _load(LandmarkLlamaForCausalLM, name, config=config, dtype=dtype)
+    return _load(LandmarkLlamaForCausalLM, name, config=config, **weights)
 
 
 def _read_config(model_args: ModelArguments) -> PreTrainedConfig:
@@ -134,7 +146,11 @@ def _load(model_class: type[PreTrainedModel], name: str, **settings) -> PreTrain
             load(name, **settings) if model_class is LandmarkLlamaForCausalLM else checked_load(load, name, **settings)
         )
     except Exception as error:  # as above
-        raise UserError(f"--model_name_or_path {name}: no checkpoint could be loaded: {_first_line(error)}") from error
+        raise _no_checkpoint(name, error) from error
+
+
+def _no_checkpoint(name: str, error: Exception) -> UserError:
+    return UserError(f"--model_name_or_path {name}: no checkpoint could be loaded: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

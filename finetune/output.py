@@ -14,14 +14,14 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.arguments import DataArguments, ModelArguments, RunArguments, UserError
+from finetune.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments, UserError
 
 COMPLETE, SETTINGS, METRICS = "complete.json", "run.json", "metrics.json"
 # What a run writes beside its checkpoints; `--overwrite_output_dir` deletes these and nothing else.
 RUN_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial",
-    METRICS, SETTINGS,
+    "adapter_config.json", "adapter_model.safetensors", "landmark_adapter.json", METRICS, SETTINGS,
 )  # fmt: skip
 # The training settings that decide what a run computes: a run goes on with the ones that it started with.
 RESULT_SETTINGS = (
@@ -98,7 +98,9 @@ def save_finished_model(trainer: Trainer, output_dir: Path) -> None:
         staging.rmdir()
 
 
-def prepare_output(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> str | None:
+def prepare_output(
+    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, adapter_args: AdapterArguments
+) -> str | None:
     """Makes the output folder ready and returns the checkpoint to go on from, or None for a fresh start.
 
     Raises:
@@ -108,7 +110,7 @@ def prepare_output(model_args: ModelArguments, data_args: DataArguments, run_arg
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if run_args.process_index == 0:
-            _claim(output_dir, model_args, data_args, run_args)
+            _claim(output_dir, model_args, data_args, run_args, adapter_args)
     except OSError as error:
         if is_disk_full(error):
             raise
@@ -116,9 +118,15 @@ def prepare_output(model_args: ModelArguments, data_args: DataArguments, run_arg
     return _resume_point(output_dir, run_args.resume_from_checkpoint)
 
 
-def _claim(output_dir: Path, model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> None:
+def _claim(
+    output_dir: Path,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    adapter_args: AdapterArguments,
+) -> None:
     """Refuses, clears or continues what `output_dir` holds, and records this run's settings there."""
-    settings = run_settings(model_args, data_args, run_args)
+    settings = run_settings(model_args, data_args, run_args, adapter_args)
     sources = [Path(name).resolve() for name in (model_args.model_name_or_path, model_args.tokenizer_name) if name]
     if output_dir.resolve() in sources:
         raise UserError(f"--output_dir {output_dir}: is what the run starts from; give another folder")
@@ -141,12 +149,16 @@ def _claim(output_dir: Path, model_args: ModelArguments, data_args: DataArgument
     write_json(output_dir / SETTINGS, settings)
 
 
-def run_settings(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> dict:
+def run_settings(
+    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, adapter_args: AdapterArguments
+) -> dict:
     """Everything that decides what the run computes, as JSON values."""
     training = run_args.to_dict()
     settings = {
         **dataclasses.asdict(model_args),
         **dataclasses.asdict(data_args),
+        # a run of all weights has none of the others
+        **(dataclasses.asdict(adapter_args) if adapter_args.lora_rank else {"lora_rank": None}),
         **{name: training[name] for name in RESULT_SETTINGS},
         "processes": run_args.world_size,
     }

@@ -4,6 +4,7 @@
     accelerate launch finetune/run.py --config finetune/configs/tiny.yaml --learning_rate 1e-3 --output_dir runs/other
     accelerate launch finetune/run.py --config finetune/configs/llama2_7b.yaml --data my/documents.jsonl
     python finetune/run.py --model_name_or_path DIR --data FOLDER --output_dir runs/mine --resume_from_checkpoint true
+    python finetune/run.py --model_name_or_path DIR --data FOLDER --output_dir runs/mine --lora_rank 16
 
 Flags override the file. The output folder gets the model, its configuration, the tokenizer with its landmark token and
 `metrics.json`. An interrupted run goes on from its last complete checkpoint when the same command is started again.
@@ -22,7 +23,15 @@ from transformers import PreTrainedModel, Trainer, TrainerState, default_data_co
 from transformers.trainer import TRAINER_STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-from finetune.arguments import DataArguments, ModelArguments, RunArguments, UserError, parse_arguments
+from finetune.adapters import add_adapter
+from finetune.arguments import (
+    AdapterArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    UserError,
+    parse_arguments,
+)
 from finetune.data import Rows, embedded_files, make_rows
 from finetune.models import load_model, load_tokenizer
 from finetune.output import (
@@ -40,16 +49,18 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> None:
-    model_args, data_args, run_args = parse_arguments(argv)
+    model_args, data_args, run_args, adapter_args = parse_arguments(argv)
     try:
-        finetune(model_args, data_args, run_args)
+        finetune(model_args, data_args, run_args, adapter_args)
     except Exception as error:
         if not is_disk_full(error):
             raise
         raise UserError(disk_full_message(Path(run_args.output_dir))) from error
 
 
-def finetune(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments) -> dict:
+def finetune(
+    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, adapter_args: AdapterArguments
+) -> dict:
     """Trains, evaluates and saves; returns what `metrics.json` holds.
 
     Raises:
@@ -57,15 +68,18 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, run_args: Run
     """
     _set_up_process(run_args)
     with run_args.main_process_first(desc="preparing the data"):
-        resume_from = prepare_output(model_args, data_args, run_args)
+        resume_from = prepare_output(model_args, data_args, run_args, adapter_args)
         embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None
         tokenizer = load_tokenizer(model_args, data_args, embedded)
-        model = load_model(model_args, data_args, tokenizer)
+        model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
+        if adapter_args.lora_rank:
+            model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
         block_size, landmark_token_id = model_args.block_size_of(model.config)
         rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed)
     trainer = _make_trainer(model, tokenizer, rows, run_args)
     if trainer.is_world_process_zero():
-        print(f"{rows.describe()}; {model.num_parameters():,} parameters")
+        trained = model.num_parameters(only_trainable=True)
+        print(f"{rows.describe()}; {model.num_parameters():,} parameters, {trained:,} of them trained")
         if resume_from:
             print(f"going on from {resume_from}")
     if not _had_finished_training(trainer, resume_from):
@@ -125,6 +139,7 @@ def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedMo
         "ordinary_tokens_per_row": rows.train.row_tokens,
         "bad_rows_skipped": rows.bad_rows,
         "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

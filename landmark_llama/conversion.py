@@ -50,6 +50,11 @@ def convert_llama(
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls transformers' `from_pretrained`; raises `OSError` for a checkpoint that is damaged or lacks weights."""
     with_info = kwargs.pop("output_loading_info", False)
+    if path is not None and (Path(path) / "adapter_config.json").is_file() and not any(Path(path).glob("model*")):
+        raise ValueError(
+            f"{path}: an adapter, not a whole model; load it with landmark_llama.load_adapter(path), or make a whole "
+            "model of it with python -m landmark_llama.merge"
+        )
     if "config" not in kwargs:
         fields, _ = LandmarkLlamaConfig.get_config_dict(path, **_hub_arguments(kwargs))
         if fields.get("model_type") == "llama":
@@ -96,12 +101,13 @@ def _add_row(model: LlamaForCausalLM, token_id: int) -> None:
         model.resize_token_embeddings(token_id + 1, mean_resizing=False)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in (embedding,) if head is embedding else (embedding, head):
-        others = (
-            torch.cat([weight[:token_id], weight[token_id + 1 : vocab_size]])
-            if token_id < vocab_size
-            else weight[:vocab_size]
-        )
-        mean = others.float().mean(0)
+        mean = mean_of_other_rows(weight[:vocab_size], token_id)
         # rows between the old vocabulary and the landmark belong to tokens that the checkpoint never knew
-        weight[vocab_size:] = mean.to(weight.dtype)
-        weight[token_id] = mean.to(weight.dtype)
+        weight[vocab_size:] = mean
+        weight[token_id] = mean
+
+
+def mean_of_other_rows(weight: torch.Tensor, token_id: int) -> torch.Tensor:
+    """What a new landmark's row starts as: the mean (columns,) of the rows of `weight` but `token_id`, in its dtype."""
+    others = torch.cat([weight[:token_id], weight[token_id + 1 :]]) if token_id < len(weight) else weight
+    return others.float().mean(0).to(weight.dtype)

@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_the_file_is_read_and_flags_override_it(config: Path) -> None:
-    model, data, run = parse_arguments(["--learning_rate", "5e-4", "--config", str(config), "--data", "c.jsonl"])
+    model, data, run, _ = parse_arguments(["--learning_rate", "5e-4", "--config", str(config), "--data", "c.jsonl"])
     assert model.model_name_or_path == "some/model" and model.num_local_blocks is None
     assert data.data == ["c.jsonl"] and data.skip_bad_rows is True
     assert run.learning_rate == 5e-4 and run.output_dir == "out" and run.lr_scheduler_kwargs == {"min_lr_rate": 0.2}
@@ -70,6 +70,13 @@ def test_a_key_or_value_that_cannot_be_is_named(text: str, message: str, config:
         (["--corpus_retrieval_characters", "500", "90"], "--corpus_retrieval_characters [500, 90]: give the"),
         (["--tokenizer_name", "embedded"], "--tokenizer_name embedded needs --data embedded"),
         (["--warmup_steps", "-1"], "warmup_steps"),
+        (["--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
+        (["--load_in_4bit", "true"], "--lora_rank is missing"),
+        (["--lora_alpha", "8"], "--lora_rank is missing"),
+        (["--lora_rank", "8", "--lora_alpha", "0"], "--lora_alpha 0.0: must be larger than 0"),
+        (["--lora_rank", "8", "--lora_dropout", "1"], "--lora_dropout 1.0: must lie between 0 and 1"),
+        (["--lora_rank", "8", "--lora_target_modules", "lm_head"], "--lora_target_modules lm_head: must be some of"),
+        (["--lora_rank", "8", "--attention", "dense"], "--lora_rank 8: only for --attention landmark"),
     ],
 )
 def test_flags_that_cannot_be_are_one_sentence(flags: list[str], message: str, config: Path) -> None:
@@ -87,5 +94,5 @@ def test_missing_files_and_fields_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_of_the_project_is_valid(path: Path) -> None:
-    model, data, run = parse_arguments(["--config", str(path), "--data", "embedded", "--bf16", "false"])
+    model, data, run, _ = parse_arguments(["--config", str(path), "--data", "embedded", "--bf16", "false"])
     assert run.output_dir and data.context_length >= 2 * (model.block_size or 64)

@@ -67,7 +67,7 @@ def test_importing_prints_nothing_and_imports_no_heavy_or_optional_package() -> 
         "import sys, transformers.models.llama.modeling_llama\n"
         "before = set(sys.modules)  # transformers imports triton where it is installed\n"
         "import landmark_llama\n"
-        "heavy = ('triton', 'matplotlib', 'bitsandbytes', 'faiss', 'datasets')\n"
+        "heavy = ('triton', 'matplotlib', 'bitsandbytes', 'faiss', 'datasets', 'peft')\n"
         "ours = 'landmark_llama.attention.'\n"
         "kernels = [name for name in sys.modules if name.startswith((ours + 'triton', ours + 'fused'))]\n"
         "print([name for name in heavy if name in sys.modules and name not in before] + kernels)\n"

@@ -1,0 +1,220 @@
+"""Adapters (LoRA with a trained landmark row): what their folder holds, whether it belongs to a model, loading it.
+
+An adapter's folder holds peft's two files, the tokenizer, `config.json` (the whole landmark configuration that it was
+trained with) and `landmark_adapter.json` (which tokenizer that was). peft itself is imported only where a model is
+built, so that reading and merging adapters needs nothing but the library (`docs/adapters.md`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
+from landmark_llama.modeling import LandmarkLlamaForCausalLM
+from landmark_llama.tokenization import add_landmark_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from landmark_llama.peft_model import LandmarkPeftModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_RECORD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "landmark_adapter.json",
+)
+EMBEDDING = "embed_tokens"
+LANDMARK_ROW = f"base_model.model.model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
+# What a base has to share with the model that the adapter was trained on.
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "tie_word_embeddings",
+)  # fmt: skip
+LANDMARK_SETTINGS = (*RETRIEVAL_SETTINGS, "train_context_length", "predict_from_landmark")
+
+
+def is_adapter(folder: str | PathLike[str]) -> bool:
+    """Whether a local folder holds an adapter instead of a whole model."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's vocabulary: which token has which id."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder says, its weights still on the disk."""
+
+    folder: Path
+    peft: dict[str, Any]  # adapter_config.json
+    config: LandmarkLlamaConfig
+    tokenizer_fingerprint: str
+    names: frozenset[str]  # of its tensors
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str]) -> Adapter:
+        """Reads a local folder or one of the hub; its files, and whether they hold a landmark row.
+
+        Raises:
+            OSError: a file is missing or damaged.
+            ValueError: the adapter was trained without its landmark's embedding row, or for another landmark id.
+        """
+        path = _local(folder)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", TOKENIZER_RECORD):
+            if not (path / name).is_file():
+                raise OSError(f"{folder}: holds no {name}, so it is no adapter of a landmark LLaMA")
+        try:
+            peft, record = (json.loads((path / name).read_text("utf-8")) for name in (ADAPTER_CONFIG, TOKENIZER_RECORD))
+            fingerprint = record["tokenizer_sha256"]
+            config = AutoConfig.from_pretrained(path)
+            with safe_open(path / ADAPTER_WEIGHTS, "pt") as weights:
+                shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise OSError(f"{path / ADAPTER_WEIGHTS}: truncated or damaged ({error})") from error
+        except (json.JSONDecodeError, KeyError) as error:
+            raise OSError(f"{folder}: {ADAPTER_CONFIG} or {TOKENIZER_RECORD} is damaged ({error!r})") from error
+        if not isinstance(config, LandmarkLlamaConfig):
+            raise ValueError(f"{folder}: config.json is of a {config.model_type!r}, not of a landmark LLaMA")
+        adapter = cls(path, peft, config, fingerprint, frozenset(shapes))
+        adapter._check_landmark_row(shapes)
+        return adapter
+
+    @property
+    def base(self) -> str:
+        """The checkpoint that it was trained on: a folder or a hub id."""
+        return self.peft["base_model_name_or_path"]
+
+    def _check_landmark_row(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        trained = self.peft.get("trainable_token_indices")
+        trained = trained.get(EMBEDDING) if isinstance(trained, dict) else trained
+        if trained != [self.config.landmark_token_id]:
+            raise ValueError(
+                f"{self.folder}: trained the embedding rows {trained or 'of no token'}, not the one of its landmark, "
+                f"{self.config.landmark_token_id}; an untrained landmark finds nothing: train it with finetune/run.py"
+            )
+        if shapes.get(LANDMARK_ROW) != (1, self.config.hidden_size):
+            raise ValueError(
+                f"{self.folder}: {ADAPTER_WEIGHTS} lacks the landmark's embedding row ({LANDMARK_ROW} of shape "
+                f"(1, {self.config.hidden_size})), without which the model finds nothing: save the adapter again with "
+                "save_pretrained of the model that landmark_llama or finetune/run.py made"
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError if `tokenizer`, the landmark token added, is not the one it was trained with."""
+        self.check_fingerprint(tokenizer_fingerprint(tokenizer), tokenizer.name_or_path)
+
+    def check_fingerprint(self, fingerprint: str, name: str) -> None:
+        """As `check_tokenizer`, for a tokenizer already reduced to its fingerprint."""
+        if fingerprint != self.tokenizer_fingerprint:
+            raise ValueError(
+                f"tokenizer {name}: its vocabulary is not the one that the adapter {self.folder} was trained with; "
+                "take the tokenizer in the adapter's folder"
+            )
+
+    def check_base(self, config: LlamaConfig, name: str | PathLike[str]) -> None:
+        """Raises ValueError if a model of this configuration, landmark or vanilla, cannot be what it was trained on."""
+        own, remedy = self.config, f"the adapter {self.folder} was trained on {self.base}: give that"
+        for field in SHAPE:
+            if getattr(config, field) != getattr(own, field):
+                raise ValueError(f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}")
+        if isinstance(config, LandmarkLlamaConfig):
+            for field in ("landmark_token_id", "vocab_size", "block_size"):
+                if getattr(config, field) != getattr(own, field):
+                    raise ValueError(
+                        f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}"
+                    )
+        # the landmark took a spare row, or the one behind the last
+        elif config.vocab_size != own.vocab_size and not (
+            config.vocab_size == own.landmark_token_id == own.vocab_size - 1
+        ):
+            raise ValueError(
+                f"{name}: its vocabulary of {config.vocab_size} tokens is not that of {own.vocab_size} with landmark "
+                f"{own.landmark_token_id}; {remedy}"
+            )
+
+    def make_base(
+        self,
+        source: str | PathLike[str] | LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        **from_pretrained: Any,
+    ) -> LandmarkLlamaForCausalLM:
+        """The landmark LLaMA that the adapter goes on: `source` with the landmark and the settings it was trained with.
+
+        source: a folder, a hub id or a loaded model, vanilla or with landmarks.
+        """
+        settings = {name: getattr(self.config, name) for name in LANDMARK_SETTINGS}
+        loaded = isinstance(source, LlamaForCausalLM)
+        config = source.config if loaded else AutoConfig.from_pretrained(source)
+        self.check_base(config, type(source).__name__ if loaded else source)
+        if not isinstance(config, LandmarkLlamaConfig):
+            return LandmarkLlamaForCausalLM.from_llama(
+                source, tokenizer, self.config.block_size, **settings, **from_pretrained
+            )
+        for name, value in settings.items():
+            setattr(config, name, value)
+        if loaded:
+            return source
+        return LandmarkLlamaForCausalLM.from_pretrained(source, config=config, **from_pretrained)
+
+
+def load_adapter(
+    folder: str | PathLike[str],
+    base: str | PathLike[str] | LlamaForCausalLM | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    is_trainable: bool = False,
+    **from_pretrained: Any,
+) -> LandmarkPeftModel:
+    """The base model with an adapter on it, ready to generate (or to be trained on).
+
+    Args:
+        folder: the adapter, a local folder or a hub id.
+        base: what it was trained on, a folder, a hub id or a loaded model, vanilla or with landmarks; by default the
+            checkpoint that the adapter names.
+        tokenizer: the one that texts will be encoded with, if it is not the adapter's own; it gains the landmark token.
+        is_trainable: whether the adapter's weights ask for gradients.
+        from_pretrained: for the base: `dtype`, `device_map`, `quantization_config`, ...
+
+    Raises:
+        ImportError: peft is not installed.
+        OSError: a file is missing or damaged.
+        ValueError: the adapter lacks its landmark row, which may also never have been trained, or belongs to another
+            base, vocabulary, landmark id or tokenizer.
+    """
+    try:
+        from landmark_llama.peft_model import LandmarkPeftModel
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError("load_adapter needs peft, which is not installed: pip install peft") from error
+    adapter = Adapter.read(folder)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(adapter.folder)
+    if (landmark_token_id := add_landmark_token(tokenizer)) != adapter.config.landmark_token_id:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path}: its landmark is token {landmark_token_id}, that of the adapter "
+            f"{folder} token {adapter.config.landmark_token_id}; take the tokenizer in the adapter's folder"
+        )
+    adapter.check_tokenizer(tokenizer)
+    model = adapter.make_base(base or adapter.base, tokenizer, **from_pretrained)
+    return LandmarkPeftModel.of(model, adapter, is_trainable)
+
+
+def _local(folder: str | PathLike[str]) -> Path:
+    if Path(folder).exists():
+        return Path(folder)
+    if str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):  # no hub id looks like that
+        raise OSError(f"{folder}: there is no such folder")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(folder)))
