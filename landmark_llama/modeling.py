@@ -25,6 +25,7 @@ from landmark_llama.cache import LandmarkCache
 from landmark_llama.chunks import cut_into_chunks
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
 from landmark_llama.conversion import checked_load, convert_llama
+from landmark_llama.documents import Documents, find_documents
 from landmark_llama.inputs import check_inputs, check_streaming
 from landmark_llama.layout import Layout, compact, find_landmarks, lay_out
 from landmark_llama.streaming import QueryGroups, attend_through_table
@@ -44,6 +45,7 @@ class LandmarkLlamaAttention(LlamaAttention):
         past_key_values: LandmarkCache | None = None,
         *,
         rotary: RotaryTable,
+        documents: Documents | None = None,
         groups: QueryGroups | None = None,
         settings: RetrievalSettings | None = None,
         remember_only: bool = False,
@@ -52,8 +54,8 @@ class LandmarkLlamaAttention(LlamaAttention):
     ) -> tuple[Tensor | None, None]:
         """`hidden_states` (batch, columns, hidden_size) to the same; streamed through `past_key_values` if given.
 
-        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned. With
-        `remember_only`, keys and values go to the cache and there is no output.
+        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned, or hold
+        `documents`. With `remember_only`, keys and values go to the cache and there is no output.
         """
         batch, columns = hidden_states.shape[:2]
         shape = (batch, columns, -1, self.head_dim)
@@ -61,8 +63,12 @@ class LandmarkLlamaAttention(LlamaAttention):
         query = None if remember_only else self.q_proj(hidden_states).view(shape)
         block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
         if past_key_values is None:
-            position = torch.arange(columns, device=query.device).unsqueeze(1)
-            output = landmark_attention(
+            if documents is None:
+                attend, position = landmark_attention, torch.arange(columns, device=query.device)
+            else:
+                attend, position = documents.attend, documents.position
+            position = position.unsqueeze(-1)
+            output = attend(
                 rotary.rotate(query, position).transpose(1, 2),
                 rotary.rotate(key, position).transpose(1, 2),
                 value.transpose(1, 2),
@@ -128,6 +134,7 @@ class LandmarkLlamaModel(LlamaModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: LandmarkCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -155,24 +162,32 @@ class LandmarkLlamaModel(LlamaModel):
             real = torch.ones(batch, length, dtype=torch.bool, device=content.device)
         else:
             real = attention_mask[:, attention_mask.shape[1] - length :].to(content.device, torch.bool)
+        begins = None
+        if position_ids is not None:
+            begins = find_documents(position_ids, real, before, cached=past_key_values is not None)
         block_size, landmark = self.config.block_size, None
         if input_ids is not None:
             special = self.config.landmark_token_id
-            landmark = find_landmarks(input_ids, real, before, block_size=block_size, landmark_token_id=special)
+            landmark = find_landmarks(input_ids, real, before, begins, block_size=block_size, landmark_token_id=special)
         if landmark is not None:
             real = real & ~landmark
         layout = lay_out(
             real,
             None if landmark is None else ~landmark,
             before,
+            begins,
             block_size=block_size,
             predict_from_landmark=self.config.predict_from_landmark,
         )
         output = _keep(layout.output, logits_to_keep)
         rotary = self._rotary_table(content.device)
-        hidden_states = None
-        if past_key_values is None and int(layout.length.max()) <= self.config.train_context_length:
-            states, hidden_states = self._attend_to_all(content, layout, rotary, bool(output_hidden_states))
+        hidden_states, documents = None, None
+        if begins is not None:
+            columns, longest = layout.source.shape[1], self.config.train_context_length
+            documents = Documents.of(begins, real, columns, block_size=block_size, longest=longest)
+        fits = past_key_values is None and int(layout.length.max()) <= self.config.train_context_length
+        if fits or documents is not None:
+            states, hidden_states = self._attend_to_all(content, layout, rotary, documents, bool(output_hidden_states))
             last = _take(states, output)
             if hidden_states is not None:
                 hidden_states = tuple(_take(x, output) for x in hidden_states)
@@ -192,13 +207,18 @@ class LandmarkLlamaModel(LlamaModel):
         )
 
     def _attend_to_all(
-        self, content: Tensor, layout: Layout, rotary: RotaryTable, keep_hidden_states: bool
+        self,
+        content: Tensor,
+        layout: Layout,
+        rotary: RotaryTable,
+        documents: Documents | None,
+        keep_hidden_states: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """States (batch, columns, hidden_size) of one call in which every query sees every earlier block."""
+        """States (batch, columns, hidden_size) of a call in which a query sees all earlier blocks of its document."""
         states = self._embed(content, layout.source)
         hidden_states = [states]
         for layer in self.layers:
-            states = layer(states, rotary=rotary)
+            states = layer(states, rotary=rotary, documents=documents)
             if keep_hidden_states:
                 hidden_states.append(states)
         states = self.norm(states)
@@ -325,6 +345,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: LandmarkCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -348,6 +369,9 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
                 result has the columns of the other tokens (rows that hold fewer of those padded on the left).
             attention_mask: (batch, length), or with the columns of earlier calls in front; 0 hides a column, anywhere.
                 Positions follow from it: each row's tokens are numbered from its first real one.
+            position_ids: (batch, length), or (1, length) for all rows. They may restart at 0 inside a row, in calls
+                without a cache: there another document begins, which is read as if it stood in a row of its own. Where
+                they only count on, they change nothing.
             past_key_values: what earlier calls read; this call is added to it.
             inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
             labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here.
@@ -365,6 +389,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -429,6 +454,9 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             model_kwargs["past_key_values"] = LandmarkCache(self.config)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: positions follow from the attention mask and the cache."""
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """The landmark token is never emitted: its logit goes before anything else looks at the logits."""
