@@ -17,7 +17,7 @@ from landmark_llama.attention import landmark_attention
 from landmark_llama.tokenization import landmarked_length
 
 # what one more call of attention costs, in scores of a head that could be computed meanwhile
-CALL_SCORES = 1 << 17
+CALL_SCORES = 1 << 16
 
 
 def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached: bool) -> Tensor | None:
