@@ -127,10 +127,6 @@ class Documents(NamedTuple):
         position = position.view(len(begins), columns)
         return cls(*(x.to(device) for x in (position, torch.cat(indices), slot)), tuple(shapes))
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Documents:
-        """The same documents on `device` (the signature that accelerate's device hooks call)."""
-        return Documents(*(x.to(device, non_blocking=non_blocking) for x in self[:3]), self.shapes)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float) -> Tensor:
         """`landmark_attention` of each document by itself; arguments and result as there."""
         batches = zip(*(self._unpack(x) for x in (query, key, value)), strict=True)
