@@ -35,7 +35,7 @@ from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, imported, mac
 from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config
 from landmark_llama import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.modeling import CHUNK_POSITIONS
+from landmark_llama.chunks import CHUNK_POSITIONS
 from landmark_llama.storage import DeviceStorage
 from landmark_llama.streaming import QueryGroups, attend_through_table
 

@@ -8,9 +8,8 @@ out of the text in here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +22,16 @@ from transformers.utils.generic import can_return_tuple
 from landmark_llama.attention import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.cache import LandmarkCache
+from landmark_llama.chunks import cut_into_chunks
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
 from landmark_llama.conversion import checked_load, convert_llama
+from landmark_llama.documents import Documents, find_documents
+from landmark_llama.inputs import check_inputs, check_streaming
 from landmark_llama.layout import Layout, compact, find_landmarks, lay_out
 from landmark_llama.streaming import QueryGroups, attend_through_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TILE_QUERIES = 32  # at least, of those that share a window of keys
-CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
-# most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
-GATHERED_ELEMENTS = 1 << 20
-
-
-class _Chunk(NamedTuple):
-    """A part of a streamed call: where it begins among the call's columns, (batch,), and its queries."""
-
-    begin: Tensor
-    length: Tensor
-    groups: QueryGroups
 
 
 class LandmarkLlamaAttention(LlamaAttention):
@@ -56,6 +45,7 @@ class LandmarkLlamaAttention(LlamaAttention):
         past_key_values: LandmarkCache | None = None,
         *,
         rotary: RotaryTable,
+        documents: Documents | None = None,
         groups: QueryGroups | None = None,
         settings: RetrievalSettings | None = None,
         remember_only: bool = False,
@@ -64,8 +54,8 @@ class LandmarkLlamaAttention(LlamaAttention):
     ) -> tuple[Tensor | None, None]:
         """`hidden_states` (batch, columns, hidden_size) to the same; streamed through `past_key_values` if given.
 
-        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned. With
-        `remember_only`, keys and values go to the cache and there is no output.
+        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned, or hold
+        `documents`. With `remember_only`, keys and values go to the cache and there is no output.
         """
         batch, columns = hidden_states.shape[:2]
         shape = (batch, columns, -1, self.head_dim)
@@ -73,8 +63,12 @@ class LandmarkLlamaAttention(LlamaAttention):
         query = None if remember_only else self.q_proj(hidden_states).view(shape)
         block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
         if past_key_values is None:
-            position = torch.arange(columns, device=query.device).unsqueeze(1)
-            output = landmark_attention(
+            if documents is None:
+                attend, position = landmark_attention, torch.arange(columns, device=query.device)
+            else:
+                attend, position = documents.attend, documents.position
+            position = position.unsqueeze(-1)
+            output = attend(
                 rotary.rotate(query, position).transpose(1, 2),
                 rotary.rotate(key, position).transpose(1, 2),
                 value.transpose(1, 2),
@@ -140,6 +134,7 @@ class LandmarkLlamaModel(LlamaModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: LandmarkCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -154,7 +149,7 @@ class LandmarkLlamaModel(LlamaModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
         settings = self.config.retrieval(num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
-        self._check_inputs(input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
         content = input_ids if input_ids is not None else inputs_embeds
         batch, length = content.shape[:2]
         if past_key_values is None and use_cache:
@@ -167,26 +162,43 @@ class LandmarkLlamaModel(LlamaModel):
             real = torch.ones(batch, length, dtype=torch.bool, device=content.device)
         else:
             real = attention_mask[:, attention_mask.shape[1] - length :].to(content.device, torch.bool)
-        landmark = None if input_ids is None else self._given_landmarks(input_ids, real, before)
+        begins = None
+        if position_ids is not None:
+            begins = find_documents(position_ids, real, before, cached=past_key_values is not None)
+        block_size, landmark = self.config.block_size, None
+        if input_ids is not None:
+            special = self.config.landmark_token_id
+            landmark = find_landmarks(input_ids, real, before, begins, block_size=block_size, landmark_token_id=special)
         if landmark is not None:
             real = real & ~landmark
         layout = lay_out(
             real,
             None if landmark is None else ~landmark,
             before,
-            block_size=self.config.block_size,
+            begins,
+            block_size=block_size,
             predict_from_landmark=self.config.predict_from_landmark,
         )
         output = _keep(layout.output, logits_to_keep)
         rotary = self._rotary_table(content.device)
-        hidden_states = None
-        if past_key_values is None and int(layout.length.max()) <= self.config.train_context_length:
-            states, hidden_states = self._attend_to_all(content, layout, rotary, bool(output_hidden_states))
+        hidden_states, documents = None, None
+        if begins is not None:
+            columns, longest = layout.source.shape[1], self.config.train_context_length
+            documents = Documents.of(begins, real, columns, block_size=block_size, longest=longest)
+        fits = past_key_values is None and int(layout.length.max()) <= self.config.train_context_length
+        if fits or documents is not None:
+            states, hidden_states = self._attend_to_all(content, layout, rotary, documents, bool(output_hidden_states))
             last = _take(states, output)
             if hidden_states is not None:
                 hidden_states = tuple(_take(x, output) for x in hidden_states)
         else:
-            self._check_streaming(int(layout.length.max()), past_key_values, output_hidden_states)
+            check_streaming(
+                self.config,
+                int(layout.length.max()),
+                past_key_values,
+                training=self.training,
+                output_hidden_states=output_hidden_states,
+            )
             cache = LandmarkCache(self.config) if past_key_values is None else past_key_values
             last = self._stream(content, layout, output, rotary, cache, settings)
             cache.advance(real)
@@ -195,13 +207,18 @@ class LandmarkLlamaModel(LlamaModel):
         )
 
     def _attend_to_all(
-        self, content: Tensor, layout: Layout, rotary: RotaryTable, keep_hidden_states: bool
+        self,
+        content: Tensor,
+        layout: Layout,
+        rotary: RotaryTable,
+        documents: Documents | None,
+        keep_hidden_states: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """States (batch, columns, hidden_size) of one call in which every query sees every earlier block."""
+        """States (batch, columns, hidden_size) of a call in which a query sees all earlier blocks of its document."""
         states = self._embed(content, layout.source)
         hidden_states = [states]
         for layer in self.layers:
-            states = layer(states, rotary=rotary)
+            states = layer(states, rotary=rotary, documents=documents)
             if keep_hidden_states:
                 hidden_states.append(states)
         states = self.norm(states)
@@ -221,7 +238,7 @@ class LandmarkLlamaModel(LlamaModel):
         """States (batch, outputs, hidden_size) of the landmarked columns `output` (batch, outputs), through `cache`."""
         kept = torch.zeros(*output.shape, self.config.hidden_size, dtype=self.norm.weight.dtype, device=content.device)
         cache.expect(int((layout.start + layout.length).max()))
-        for chunk in self._chunks(layout, settings):
+        for chunk in cut_into_chunks(layout, settings, self.config):
             groups = chunk.groups.to(content.device)
             begin = chunk.begin.to(content.device).unsqueeze(1)
             column = begin + torch.arange(groups.slot.shape[1], device=content.device)
@@ -237,45 +254,6 @@ class LandmarkLlamaModel(LlamaModel):
             if len(row):
                 kept[row, place] = self.norm(states[row, local[row, place]])
         return kept
-
-    def _chunks(self, layout: Layout, settings: RetrievalSettings) -> Iterator[_Chunk]:
-        """Cuts a call into chunks of whole blocks of every row."""
-        block_size = self.config.block_size
-        chunked = settings.local_attention == "chunked"
-        blocks = settings.num_direct_blocks if chunked else self._chunk_blocks(layout, settings)
-        first, stop = layout.start // block_size, layout.start + layout.length
-        for skipped in range(0, int((-(-stop // block_size) - first).max()), blocks):
-            begin = torch.maximum(layout.start, (first + skipped) * block_size).minimum(stop)
-            length = ((first + skipped + blocks) * block_size).minimum(stop) - begin
-            groups = QueryGroups.of(
-                begin,
-                length,
-                num_direct_blocks=settings.num_direct_blocks,
-                tile_blocks=self._tile_blocks(settings),
-                chunked=chunked,
-                share=settings.granularity == "head",
-                block_size=block_size,
-            )
-            yield _Chunk(begin - layout.start, length, groups)
-
-    def _tile_blocks(self, settings: RetrievalSettings) -> int:
-        """Query blocks that share a window of keys.
-
-        More of them share more of what is gathered, and each sees less of it. All must fit the rotary table.
-        """
-        fitting = self.config.train_context_length // self.config.block_size - settings.num_direct_blocks
-        return min(fitting, max(settings.num_direct_blocks, -(-TILE_QUERIES // self.config.block_size)))
-
-    def _chunk_blocks(self, layout: Layout, settings: RetrievalSettings) -> int:
-        """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
-        config, tile = self.config, self._tile_blocks(settings)
-        blocks = max(1, CHUNK_POSITIONS // config.block_size)
-        if layout.source.device.type != "cpu":
-            return -(-blocks // tile) * tile
-        block = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
-        window = block * (1 + settings.num_direct_blocks / tile + settings.num_retrieved_blocks)
-        blocks = min(blocks, int(GATHERED_ELEMENTS // window))
-        return max(1, blocks // tile) * tile
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:
         """Embeddings (batch, columns, hidden_size) of ids or embeddings `content`, laid out by `source`."""
@@ -297,70 +275,6 @@ class LandmarkLlamaModel(LlamaModel):
             half, scaling = cos.shape[-1] // 2, float(embedding.attention_scaling)
             self._rotary = RotaryTable(cos[0, :, :half] / scaling, sin[0, :, :half] / scaling, scaling).to(device)
         return self._rotary
-
-    def _given_landmarks(self, input_ids: Tensor, real: Tensor, before: Tensor) -> Tensor | None:
-        return find_landmarks(
-            input_ids,
-            real,
-            before,
-            block_size=self.config.block_size,
-            landmark_token_id=self.config.landmark_token_id,
-        )
-
-    def _check_inputs(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        past_key_values: LandmarkCache | None,
-        output_attentions: bool | None,
-    ) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        content = input_ids if input_ids is not None else inputs_embeds
-        if input_ids is not None and input_ids.numel():
-            lowest, highest = input_ids.aminmax()
-            if lowest < 0 or highest >= self.config.vocab_size:
-                wrong = (input_ids < 0) | (input_ids >= self.config.vocab_size)
-                row, position = wrong.nonzero()[0].tolist()
-                raise ValueError(
-                    f"input_ids, row {row}, position {position}: token id {int(input_ids[row, position])} is outside "
-                    f"the vocabulary of {self.config.vocab_size} tokens: was it encoded with this model's tokenizer?"
-                )
-        if attention_mask is not None and (
-            attention_mask.dim() != 2
-            or len(attention_mask) != len(content)
-            or attention_mask.shape[1] < content.shape[1]
-        ):
-            raise ValueError(
-                f"attention_mask: shape {tuple(attention_mask.shape)}; expected (batch, columns), "
-                f"the last {content.shape[1]} columns those of the input of shape {tuple(content.shape[:2])}"
-            )
-        if past_key_values is not None and not isinstance(past_key_values, LandmarkCache):
-            raise ValueError(
-                f"past_key_values: a {type(past_key_values).__name__} cannot hold landmark blocks; "
-                "pass LandmarkCache(model.config)"
-            )
-        if output_attentions:
-            raise ValueError(
-                "output_attentions=True: attention weights are never formed as a whole and cannot be returned"
-            )
-
-    def _check_streaming(
-        self, length: int, past_key_values: LandmarkCache | None, output_hidden_states: bool | None
-    ) -> None:
-        if self.training:
-            reason = "a cache is given" if past_key_values is not None else f"a row takes {length} landmarked positions"
-            raise ValueError(
-                f"{reason}, which is streamed and has no backward; train on rows of at most "
-                f"train_context_length={self.config.train_context_length} landmarked positions without a cache, "
-                "or call model.eval() to read"
-            )
-        if output_hidden_states:
-            raise ValueError(
-                "output_hidden_states=True: only for calls without a cache that fit "
-                f"train_context_length={self.config.train_context_length}"
-            )
 
 
 class LandmarkLlamaForCausalLM(LlamaForCausalLM):
@@ -431,6 +345,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: LandmarkCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -454,6 +369,9 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
                 result has the columns of the other tokens (rows that hold fewer of those padded on the left).
             attention_mask: (batch, length), or with the columns of earlier calls in front; 0 hides a column, anywhere.
                 Positions follow from it: each row's tokens are numbered from its first real one.
+            position_ids: (batch, length), or (1, length) for all rows. They may restart at 0 inside a row, in calls
+                without a cache: there another document begins, which is read as if it stood in a row of its own. Where
+                they only count on, they change nothing.
             past_key_values: what earlier calls read; this call is added to it.
             inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
             labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here.
@@ -471,6 +389,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -535,6 +454,9 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             model_kwargs["past_key_values"] = LandmarkCache(self.config)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: positions follow from the attention mask and the cache."""
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """The landmark token is never emitted: its logit goes before anything else looks at the logits."""

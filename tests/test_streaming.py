@@ -95,7 +95,7 @@ def test_any_chunking_inside_a_call_gives_the_same_logits(monkeypatch: pytest.Mo
     model, ids = in_float64(tiny_model()), random_ids(1, 200)
     expected = logits_in_calls(model, ids, [])
     for positions in (4, 20):
-        monkeypatch.setattr("landmark_llama.modeling.CHUNK_POSITIONS", positions)
+        monkeypatch.setattr("landmark_llama.chunks.CHUNK_POSITIONS", positions)
         torch.testing.assert_close(logits_in_calls(model, ids, []), expected)
         torch.testing.assert_close(logits_in_calls(model, ids, [55, 1, 31]), expected)
 

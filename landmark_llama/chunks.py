@@ -1,0 +1,68 @@
+"""How a streamed call is cut into chunks of whole blocks, each of which goes through all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
+from landmark_llama.layout import Layout
+from landmark_llama.streaming import QueryGroups
+
+TILE_QUERIES = 32  # at least, of those that share a window of keys
+CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
+# most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
+GATHERED_ELEMENTS = 1 << 20
+
+
+class Chunk(NamedTuple):
+    """A part of a streamed call: where it begins among the call's columns, (batch,), and its queries."""
+
+    begin: Tensor
+    length: Tensor
+    groups: QueryGroups
+
+
+def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: LandmarkLlamaConfig) -> Iterator[Chunk]:
+    """Cuts a call into chunks of whole blocks of every row."""
+    block_size = config.block_size
+    chunked = settings.local_attention == "chunked"
+    blocks = settings.num_direct_blocks if chunked else _chunk_blocks(layout, settings, config)
+    first, stop = layout.start // block_size, layout.start + layout.length
+    for skipped in range(0, int((-(-stop // block_size) - first).max()), blocks):
+        begin = torch.maximum(layout.start, (first + skipped) * block_size).minimum(stop)
+        length = ((first + skipped + blocks) * block_size).minimum(stop) - begin
+        groups = QueryGroups.of(
+            begin,
+            length,
+            num_direct_blocks=settings.num_direct_blocks,
+            tile_blocks=_tile_blocks(settings, config),
+            chunked=chunked,
+            share=settings.granularity == "head",
+            block_size=block_size,
+        )
+        yield Chunk(begin - layout.start, length, groups)
+
+
+def _tile_blocks(settings: RetrievalSettings, config: LandmarkLlamaConfig) -> int:
+    """Query blocks that share a window of keys.
+
+    More of them share more of what is gathered, and each sees less of it. All must fit the rotary table.
+    """
+    fitting = config.train_context_length // config.block_size - settings.num_direct_blocks
+    return min(fitting, max(settings.num_direct_blocks, -(-TILE_QUERIES // config.block_size)))
+
+
+def _chunk_blocks(layout: Layout, settings: RetrievalSettings, config: LandmarkLlamaConfig) -> int:
+    """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
+    tile = _tile_blocks(settings, config)
+    blocks = max(1, CHUNK_POSITIONS // config.block_size)
+    if layout.source.device.type != "cpu":
+        return -(-blocks // tile) * tile
+    block = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
+    window = block * (1 + settings.num_direct_blocks / tile + settings.num_retrieved_blocks)
+    blocks = min(blocks, int(GATHERED_ELEMENTS // window))
+    return max(1, blocks // tile) * tile

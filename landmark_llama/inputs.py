@@ -1,0 +1,68 @@
+"""What the model is given, checked before anything is computed: errors name the argument and the place in it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from landmark_llama.cache import LandmarkCache
+from landmark_llama.configuration import LandmarkLlamaConfig
+
+
+def check_inputs(
+    config: LandmarkLlamaConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: LandmarkCache | None,
+    output_attentions: bool | None,
+) -> None:
+    """Raises a ValueError if arguments of the model's forward call exclude each other or do not fit the model."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    content = input_ids if input_ids is not None else inputs_embeds
+    if input_ids is not None and input_ids.numel():
+        lowest, highest = input_ids.aminmax()
+        if lowest < 0 or highest >= config.vocab_size:
+            wrong = (input_ids < 0) | (input_ids >= config.vocab_size)
+            row, position = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"input_ids, row {row}, position {position}: token id {int(input_ids[row, position])} is outside "
+                f"the vocabulary of {config.vocab_size} tokens: was it encoded with this model's tokenizer?"
+            )
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or len(attention_mask) != len(content) or attention_mask.shape[1] < content.shape[1]
+    ):
+        raise ValueError(
+            f"attention_mask: shape {tuple(attention_mask.shape)}; expected (batch, columns), "
+            f"the last {content.shape[1]} columns those of the input of shape {tuple(content.shape[:2])}"
+        )
+    if past_key_values is not None and not isinstance(past_key_values, LandmarkCache):
+        raise ValueError(
+            f"past_key_values: a {type(past_key_values).__name__} cannot hold landmark blocks; "
+            "pass LandmarkCache(model.config)"
+        )
+    if output_attentions:
+        raise ValueError("output_attentions=True: attention weights are never formed as a whole and cannot be returned")
+
+
+def check_streaming(
+    config: LandmarkLlamaConfig,
+    length: int,
+    past_key_values: LandmarkCache | None,
+    *,
+    training: bool,
+    output_hidden_states: bool | None,
+) -> None:
+    """Raises a ValueError if a call whose longest row takes `length` landmarked positions cannot be streamed."""
+    if training:
+        reason = "a cache is given" if past_key_values is not None else f"a row takes {length} landmarked positions"
+        raise ValueError(
+            f"{reason}, which is streamed and has no backward; train on rows of at most "
+            f"train_context_length={config.train_context_length} landmarked positions without a cache, "
+            "or call model.eval() to read"
+        )
+    if output_hidden_states:
+        raise ValueError(
+            "output_hidden_states=True: only for calls without a cache that fit "
+            f"train_context_length={config.train_context_length}"
+        )
