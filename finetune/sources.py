@@ -60,8 +60,8 @@ class Subset:
 def find_subsets(sources: list[str], mixture: list[str]) -> list[Subset]:
     """The subsets to read.
 
-    `NAME=WEIGHT` of `mixture` takes the files that have NAME in their path as a folder or as the beginning of the file's
-    name (`arxiv/1.jsonl`, `arxiv_sample.jsonl`). Where no file has it, rows are asked: NAME is then what their
+    `NAME=WEIGHT` of `mixture` takes the files that have NAME in their path as a folder or as the beginning of the
+    file's name (`arxiv/1.jsonl`, `arxiv_sample.jsonl`). Where no file has it, rows are asked: NAME is then what their
     `meta.redpajama_set_name` says, with or without its `RedPajama`.
 
     Raises:
@@ -126,7 +126,7 @@ def _stamp(file: Path) -> Stamp:
 
 
 def _files(source: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    """The files of `source`, each with the parts of its path, the source's own name included, that may name a subset."""
+    """The files of `source`, each with the parts of its path that may name a subset, the source's own name included."""
     if source.is_file():
         if not (format_by_name(source) or format_by_content(source)):
             raise UserError(f"--data {source}: not one of {', '.join(SUFFIXES)}, nor JSON lines by its content")

@@ -56,7 +56,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def tokenised_subset(
     subset: Subset, tokenizer: PreTrainedTokenizerBase, skip_bad_rows: bool, workers: int
 ) -> tuple[datasets.Dataset, int]:
-    """All documents of a subset as ids, and how many rows were bad; read from the cache of `datasets` where it is there.
+    """All documents of a subset as ids, and how many rows were bad; from the cache of `datasets` if it is there.
 
     Returns:
         A data set with the columns `input_ids` (end-of-sequence last) and `length`, a row a document; and the count.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 import finetune.tokens
@@ -11,7 +12,6 @@ from finetune.arguments import DataArguments, UserError
 from finetune.data import Rows, make_rows
 from finetune.tokens import tokenise
 from landmark_llama.tokenization import strip_landmarks
-from tests.documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from documents import write_jsonl
 
 from finetune.arguments import UserError
 from finetune.reading import read_file
 from finetune.sources import SHARD_BYTES, Subset, find_subsets, parse_mixture, read_shard
-from tests.documents import write_jsonl
 
 TEXTS = ["one", "two\u2028lines\x85", "drei ü", ""]
 
@@ -175,11 +175,8 @@ def test_a_hub_data_set_is_read_at_the_commit_that_its_name_stands_for(tmp_path:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     (subset,) = find_subsets(["some/name:de"], [])
-    assert list(read_shard(subset.shards()[0])) == [
-        ("a", None),
-        ("b", None),
-        (None, "some/name:de, row 3: no `text` string"),
-    ]
+    problem = "some/name:de, row 3: no `text` string"
+    assert list(read_shard(subset.shards()[0])) == [("a", None), ("b", None), (None, problem)]
     assert asked == [(("some/name", "de"), {"split": "train", "streaming": True, "revision": "abc"})]
     (subset,) = find_subsets(["some/name"], ["c4=1"])
     assert list(read_shard(subset.shards()[0], subset.in_rows)) == [("a", None)]

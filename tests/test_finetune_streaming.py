@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
@@ -19,7 +20,6 @@ from finetune.data import Rows, make_rows
 from finetune.output import METRICS
 from finetune.run import main
 from landmark_llama.tokenization import strip_landmarks
-from tests.documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
