@@ -4,8 +4,8 @@
     python benchmarks/tokenisation.py --tokenizer DIR --data FOLDER --megabytes 60 --processes 2 --repetitions 5
 
 Both read the same JSON lines (the rows of `--data`, repeated to `--megabytes`) and end with a data set of ids in an
-empty cache. The plain way is `load_dataset("json")` and a batched `map` in `--processes` processes. Implementations take
-turns, each measurement in a fresh process. Before that they must agree on every id.
+empty cache. The plain way is `load_dataset("json")` and a batched `map` in `--processes` processes. Implementations
+take turns, each measurement in a fresh process. Before that they must agree on every id.
 """
 
 from __future__ import annotations

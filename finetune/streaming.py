@@ -2,8 +2,8 @@
 
 Everything follows from the files' order and the seed, so that a run that goes on reads the same rows again: the
 Trainer skips the batches it has had. (The state that `datasets` can save would be quicker, but its shuffle buffer is no
-part of it.) Mixing is done in rows, which all hold the same number of tokens: a weight is a share of the tokens, however
-long a subset's documents are. A subset that runs out starts again, so that the shares stay what was asked for.
+part of it.) Mixing is done in rows, which all hold the same number of tokens: a weight is a share of the tokens,
+however long a subset's documents are. A subset that runs out starts again, so that the shares stay what was asked for.
 """
 
 import logging
