@@ -47,15 +47,10 @@ def training_stream(
     """
     read = partial(_stream, tokenizer=tokenizer, packing=packing, skip_bad_rows=skip_bad_rows)
     streams = [read(subset, split=("train", heldout_share, seed)) for subset in subsets]
-    for subset, stream in zip(subsets, streams, strict=True):
-        if next(iter(stream), None) is None:
-            raise UserError(
-                f"{subset.describe()}: the training documents fill no row of {packing.row_tokens} tokens: give more "
-                "data or a smaller --context_length"
-            )
+    _check_filled(streams, subsets, packing, "training", "")
     mixed = _mixed([stream.repeat(None) for stream in streams], subsets, seed)
     mixed = mixed.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return mixed.map(partial(_tensors, packing=packing), remove_columns=list(_FEATURES)).with_format("torch")
+    return mixed.map(partial(_tensors, packing=packing), remove_columns=list(_FEATURES))
 
 
 def heldout_rows(
@@ -75,13 +70,8 @@ def heldout_rows(
     """
     split = ("heldout", heldout_share, seed)
     streams = [_stream(subset, tokenizer, packing, skip_bad_rows, split) for subset in subsets]
-    rows = [_tensors(row, packing) for row in _mixed(streams, subsets, seed).take(max_rows)]
-    if not rows:
-        raise UserError(
-            f"the held-out documents fill no row of {packing.row_tokens} tokens: give more data, a smaller "
-            "--context_length or a larger --heldout_share"
-        )
-    return rows
+    _check_filled(streams, subsets, packing, "held-out", " or a larger --heldout_share")
+    return [_tensors(row, packing) for row in _mixed(streams, subsets, seed).take(max_rows)]
 
 
 def is_held_out(text: str, share: float, seed: int) -> bool:
@@ -94,6 +84,17 @@ def _mixed(streams: list[datasets.IterableDataset], subsets: list[Subset], seed:
         return streams[0]
     weights = [subset.weight for subset in subsets]
     return datasets.interleave_datasets(streams, weights, seed=seed, stopping_strategy="first_exhausted")
+
+
+def _check_filled(
+    streams: list[datasets.IterableDataset], subsets: list[Subset], packing: Packing, which: str, remedy: str
+) -> None:
+    for subset, stream in zip(subsets, streams, strict=True):
+        if next(iter(stream), None) is None:
+            raise UserError(
+                f"{subset.describe()}: the {which} documents fill no row of {packing.row_tokens} tokens: give more "
+                f"data, a smaller --context_length{remedy}"
+            )
 
 
 def _stream(

@@ -14,7 +14,7 @@ from finetune.arguments import UserError
 from finetune.sources import Shard, Subset, fingerprint, read_shard
 
 # Texts are tokenised so many at a time, by all cores at once, or fewer where they are long: that bounds the memory.
-BATCH_TEXTS, BATCH_CHARACTERS = 1000, 4_000_000
+BATCH_TEXTS, BATCH_CHARACTERS = 1000, 1_000_000
 WRITTEN_TOGETHER = 200  # documents that are held before they are written to the cache
 _FEATURES = datasets.Features(
     {
@@ -30,27 +30,27 @@ _CODE = ("reading.py", "sources.py", "tokens.py")
 def tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """The ids of each text, int32 of shape (tokens,), end-of-sequence last.
 
-    Text that spells a special token ("</s>", "<landmark>") stays text.
+    Text that spells a special token ("</s>", "<landmark>") stays text. Between two documents nothing is held but the
+    ids of the present batch: a stream has a few dozen of these waiting for their turn.
     """
-    for batch in _batches(texts):
-        encoded = tokenizer(
-            batch, split_special_tokens=True, verbose=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        for ids in encoded["input_ids"]:
-            ids.append(tokenizer.eos_token_id)
-            yield np.array(ids, dtype=np.int32)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
         characters += len(text)
         if len(batch) == BATCH_TEXTS or characters >= BATCH_CHARACTERS:
-            yield batch
+            documents = _encode(batch, tokenizer)
             batch, characters = [], 0
+            yield from documents
+            del documents
     if batch:
-        yield batch
+        yield from _encode(batch, tokenizer)
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    encoded = tokenizer(
+        texts, split_special_tokens=True, verbose=False, return_attention_mask=False, return_token_type_ids=False
+    )
+    return [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
 
 
 def tokenised_subset(
