@@ -7,6 +7,7 @@ Both read the same JSON lines (the rows of `--data`, repeated to `--megabytes`) 
 empty cache. The plain way is `load_dataset("json")` and a batched `map` in `--processes` processes. Implementations
 take turns, each measurement in a fresh process. Before that they must agree on every id.
 """
+# ruff: noqa: E402  (the path is set before anything of transformers is imported)
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
+# transformers would take kernels.py beside this file for the package `kernels`
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+from transformers import HfArgumentParser
+
 from benchmarks.measure import MeasurementFailed, ResultsFile, Stopwatch, isolated, machine, statistics_of, versions
 from finetune.arguments import UserError
 from finetune.sources import find_subsets, read_shard
