@@ -132,8 +132,8 @@ def _where_dense_wins(rows: list[Row], size: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables of the files named, or of all results."""
     paths = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
-    # kernels.py prints its own figures; they compare with flash attention, not with a dense model
-    others = ("*.failed.jsonl", "kernels*.jsonl")
+    # these print their own figures, which do not compare with a dense model
+    others = ("*.failed.jsonl", "kernels*.jsonl", "tokenisation*.jsonl")
     paths = paths or [path for path in sorted(RESULTS.glob("*.jsonl")) if not any(map(path.match, others))]
     if not paths:
         raise ValueError(f"{RESULTS}: no results yet; run benchmarks/generation.py or benchmarks/training.py")

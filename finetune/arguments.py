@@ -67,7 +67,22 @@ class DataArguments:
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "JSONL, .jsonl.zst and parquet files or folders of them, one hub data set name, or `embedded`"
+            "help": "JSONL (.zst, .gz), parquet and text files or folders of them, one hub data set name, or `embedded`"
+        },
+    )
+    mixture: list[str] = field(
+        default_factory=list,
+        metadata={"help": "subsets and their shares of the rows, such as `arxiv=0.1 book=0.2` (docs/data.md)"},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read, tokenise and pack while training: for data larger than the disk"}
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "streaming: rows that are held to be drawn from"})
+    pack_documents: str = field(
+        default="join",
+        metadata={
+            "help": "join: documents follow each other in a row; apart: those of a row do not see each other",
+            "choices": ["join", "apart"],
         },
     )
     context_length: int = field(default=512, metadata={"help": "landmarked positions of a row"})
@@ -210,13 +225,21 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
     if model.tokenizer_name == "embedded" and data.data != ["embedded"]:
         raise UserError("--tokenizer_name embedded needs --data embedded")
     if not data.data:
-        raise UserError("--data is missing: JSONL or parquet files or folders, a hub data set name, or `embedded`")
+        raise UserError("--data is missing: JSONL, parquet or text files or folders, a hub data set, or `embedded`")
     if not run.output_dir:
         raise UserError("--output_dir is missing: the folder for the trained model")
     if model.block_size is not None and model.block_size < 2:
         raise UserError(f"--block_size {model.block_size}: a block needs at least one token and its landmark (>= 2)")
     if data.context_length < 2 * (model.block_size or 2):
         raise UserError(f"--context_length {data.context_length}: a row must hold two blocks or more")
+    if data.pack_documents == "apart" and model.attention == "dense":
+        raise UserError("--pack_documents apart needs --attention landmark: a dense LLaMA would see across documents")
+    if data.streaming and run.max_steps <= 0:
+        raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
+    if data.shuffle_buffer < 1:
+        raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: at least one row must be held (>= 1)")
+    if data.mixture and data.data == ["embedded"]:
+        raise UserError("--mixture is for files and hub data sets; the embedded corpus has --corpus_retrieval_share")
     if not 0 < data.heldout_share < 1:
         raise UserError(f"--heldout_share {data.heldout_share}: must lie between 0 and 1")
     characters = data.corpus_retrieval_characters

@@ -1,92 +1,109 @@
-"""Documents to training rows: tokenise, join with end-of-sequence, cut into rows, insert landmarks, mask them.
+"""Documents to training rows: which files, which share of each, tokens, and rows cut from them.
 
-Dense and landmark runs of one `context_length` get the same rows of the same ordinary tokens, so their losses and
-perplexities compare: a dense row is a landmark row without its landmarks.
+Dense and landmark runs of one `context_length` get the same rows of the same ordinary tokens (where documents are
+joined), so their losses and perplexities compare: a dense row is a landmark row without its landmarks.
 """
 
 import bisect
+import dataclasses
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.arguments import DataArguments, RunArguments, UserError
 from finetune.corpus import corpus_files, write_corpus
-from finetune.reading import read_documents
-from landmark_llama.tokenization import insert_landmarks, plain_length
-
-IGNORED_LABEL = -100  # what transformers' losses leave out
+from finetune.packing import Packing
+from finetune.sources import Subset, find_subsets, fingerprint
+from finetune.streaming import heldout_rows, training_stream
+from finetune.tokens import tokenised_subset, tokens_fingerprint
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of exactly `row_tokens` ordinary tokens, cut from the documents' tokens in their order.
+    """The rows of tokenised documents, in the documents' order.
 
-    Nothing is dropped but the last tokens that fill no row. A row is put together when it is asked for, from the
-    documents that it touches; the tokens stay in the data set's memory-mapped files.
+    A row is put together when it is asked for, from the documents that it touches; the tokens stay in the data set's
+    memory-mapped files.
 
     Args:
         tokenised: data set with a column `input_ids` (a list of ids a document) and a column `length`.
-        row_tokens: ordinary tokens of a row.
-        context_length: positions of a row; more than `row_tokens` where landmarks are inserted.
-        block_size, landmark_token_id: how landmarks are inserted; `landmark_token_id=None` inserts none.
+        packing: how rows are made.
     """
 
-    def __init__(
-        self,
-        tokenised: datasets.Dataset,
-        row_tokens: int,
-        context_length: int,
-        block_size: int,
-        landmark_token_id: int | None,
-        max_rows: int | None = None,
-    ) -> None:
+    def __init__(self, tokenised: datasets.Dataset, packing: Packing) -> None:
         self.documents = tokenised.select_columns("input_ids").with_format("numpy")
-        self.ends = list(accumulate(tokenised["length"]))
-        self.row_tokens, self.context_length = row_tokens, context_length
-        self.block_size, self.landmark_token_id = block_size, landmark_token_id
-        rows = (self.ends[-1] if self.ends else 0) // row_tokens
-        self.rows = rows if max_rows is None else min(rows, max_rows)
+        self.packing = packing
+        self.ends = np.cumsum(tokenised.with_format("numpy")["length"][:])
+        self.tokens = int(self.ends[-1]) if len(self.ends) else 0
+        if packing.documents == "apart":
+            self._plan()
+        else:
+            self.rows = self.tokens // packing.row_tokens
+
+    def _plan(self) -> None:
+        """Notes, for each row, the places of its pieces among all tokens."""
+        starts = np.concatenate([[0], self.ends[:-1]]).tolist()
+        documents = (range(start, end) for start, end in zip(starts, self.ends.tolist(), strict=True))
+        pieces, last = [], [0]
+        for row in self.packing.pack(documents):
+            pieces.extend((piece.start, piece.stop) for piece in row)
+            last.append(len(pieces))
+        self.pieces, self.last_piece, self.rows = np.array(pieces), np.array(last), len(last) - 1
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, each of shape (context_length,)."""
+        """What `Packing.row` returns."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of {self.rows}")
-        tokens = self._tokens(row * self.row_tokens, (row + 1) * self.row_tokens)
-        if self.landmark_token_id is None:
-            return {"input_ids": tokens, "labels": tokens.clone()}
-        landmarked = insert_landmarks(tokens, self.block_size, self.landmark_token_id)
-        labels = landmarked.masked_fill(landmarked == self.landmark_token_id, IGNORED_LABEL)
-        return {"input_ids": landmarked, "labels": labels}
+        if self.packing.documents == "apart":
+            places = self.pieces[self.last_piece[row] : self.last_piece[row + 1]].tolist()
+        else:
+            places = [(row * self.packing.row_tokens, (row + 1) * self.packing.row_tokens)]
+        return self.packing.row([self._tokens(start, stop) for start, stop in places])
 
-    def _tokens(self, start: int, stop: int) -> torch.Tensor:
+    def _tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of all documents joined, shape (stop - start,)."""
         first = bisect.bisect_right(self.ends, start)
         last = bisect.bisect_left(self.ends, stop)
         before = self.ends[first - 1] if first else 0
-        pieces = self.documents[first : last + 1]["input_ids"]
-        joined = torch.cat([torch.as_tensor(piece, dtype=torch.long) for piece in pieces])
+        joined = np.concatenate(self.documents[first : last + 1]["input_ids"])
         return joined[start - before : stop - before]
 
 
 @dataclass
 class Rows:
-    """What a run trains on and is measured by, and what was found on the way."""
+    """What a run trains on and is measured by, and what was found on the way.
 
-    train: PackedRows
-    heldout: PackedRows
-    bad_rows: int
+    `train` is an endless `datasets.IterableDataset` where data are streamed; `train_rows` is then None, and so is
+    `bad_rows`, which are named as they come. `fingerprint` names all that shaped the rows.
+    """
+
+    train: torch.utils.data.Dataset
+    heldout: torch.utils.data.Dataset
+    packing: Packing
+    bad_rows: int | None
+    fingerprint: str
+
+    @property
+    def train_rows(self) -> int | None:
+        return None if isinstance(self.train, datasets.IterableDataset) else len(self.train)
+
+    @property
+    def row_tokens(self) -> int:
+        return self.packing.row_tokens
 
     def describe(self) -> str:
         skipped = f", {self.bad_rows} bad rows skipped" if self.bad_rows else ""
+        train = "streamed" if self.train_rows is None else self.train_rows
+        at_most = "at most " if self.packing.documents == "apart" else ""
         return (
-            f"{len(self.train)} training and {len(self.heldout)} held-out rows of {self.train.row_tokens} ordinary "
-            f"tokens ({self.train.context_length} positions){skipped}"
+            f"{train} training and {len(self.heldout)} held-out rows of {at_most}{self.row_tokens} ordinary "
+            f"tokens ({self.packing.context_length} positions){skipped}; data {self.fingerprint[:12]}"
         )
 
 
@@ -113,69 +130,115 @@ def make_rows(
     embedded: tuple[Path, Path] | None,
     seed: int,
 ) -> Rows:
-    """Reads, tokenises and packs the data.
+    """Reads, tokenises, mixes and packs the data.
 
     Args:
         data: what to read and how long rows are.
         tokenizer: must have an end-of-sequence token.
         block_size, landmark_token_id: where landmarks go; `landmark_token_id=None` for a dense model.
         embedded: training and held-out file of the embedded corpus, if that is the data.
-        seed: of the held-out split, which is by document.
+        seed: of the held-out split, which is by document, of the mixture and of a stream's order.
 
     Raises:
         UserError: the data cannot be read or fills no row, or no row can have `context_length` positions.
     """
-    if embedded:
-        (train, bad_train), (heldout, bad_heldout) = (
-            read_documents([str(file)], data.skip_bad_rows, data.preprocessing_workers) for file in embedded
-        )
-        bad = bad_train + bad_heldout
-    else:
-        documents, bad = read_documents(data.data, data.skip_bad_rows, data.preprocessing_workers)
-        if len(documents) < 2:
-            raise UserError(
-                f"{', '.join(data.data)}: one document cannot be split into training and held-out documents"
-            )
-        split = documents.train_test_split(test_size=data.heldout_share, seed=seed)
-        train, heldout = split["train"], split["test"]
-    row_tokens = plain_length(data.context_length, block_size)
     if data.context_length % block_size == block_size - 1:
         # The last token of a block always brings its landmark along.
         raise UserError(
             f"--context_length {data.context_length}: no text takes that many positions in blocks of {block_size}; "
             f"give {data.context_length - 1} or {data.context_length + 1}"
         )
-    packed = []
-    for documents, max_rows in ((train, None), (heldout, data.max_heldout_rows)):
-        tokenised = _tokenise(documents, tokenizer, data.preprocessing_workers)
-        packed.append(PackedRows(tokenised, row_tokens, data.context_length, block_size, landmark_token_id, max_rows))
-        _check_filled(packed[-1], "training" if max_rows is None else "held-out", row_tokens)
-    return Rows(*packed, bad_rows=bad)
+    packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
+    if embedded:
+        train, heldout = (find_subsets([str(file)], []) for file in embedded)
+    else:
+        train, heldout = find_subsets(data.data, data.mixture), None
+    make = _streamed_rows if data.streaming else _stored_rows
+    rows = make(train, heldout, tokenizer, packing, data, seed)
+    tokens = [(tokens_fingerprint(subset, tokenizer), subset.weight) for subset in [*train, *(heldout or [])]]
+    shaping = (data.streaming, data.shuffle_buffer, data.heldout_share, data.max_heldout_rows, data.skip_bad_rows)
+    return Rows(*rows, fingerprint(tokens=tokens, packing=dataclasses.asdict(packing), shaping=shaping, seed=seed))
 
 
-def _tokenise(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, workers: int) -> datasets.Dataset:
-    """A column `input_ids`, each document ending with end-of-sequence, and its `length`."""
+def _streamed_rows(
+    train: list[Subset],
+    heldout: list[Subset] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    packing: Packing,
+    data: DataArguments,
+    seed: int,
+) -> tuple[datasets.IterableDataset, list, Packing, None]:
+    """The first four fields of `Rows`, as in `_stored_rows`; `heldout=None` takes a share of the training documents."""
+    share = 0.0 if heldout else data.heldout_share
+    common = {"skip_bad_rows": data.skip_bad_rows, "heldout_share": share}
+    kept = heldout_rows(heldout or train, tokenizer, packing, seed, max_rows=data.max_heldout_rows, **common)
+    stream = training_stream(train, tokenizer, packing, seed, shuffle_buffer=data.shuffle_buffer, **common)
+    return stream, kept, packing, None
 
-    def tokenise(texts: list[str]) -> dict[str, list]:
-        # Text that spells a special token ("</s>", "<landmark>") stays text.
-        encoded = tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
-        joined = [[*ids, tokenizer.eos_token_id] for ids in encoded]
-        return {"input_ids": joined, "length": [len(ids) for ids in joined]}
 
-    return documents.map(
-        tokenise,
-        batched=True,
-        input_columns="text",
-        remove_columns=documents.column_names,
-        num_proc=min(workers, len(documents)) if workers > 1 and len(documents) > 1000 else None,
-        desc="Tokenising",
+def _stored_rows(
+    train: list[Subset],
+    heldout: list[Subset] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    packing: Packing,
+    data: DataArguments,
+    seed: int,
+) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, Packing, int]:
+    def tokenised(subsets: list[Subset]) -> tuple[list[datasets.Dataset], int]:
+        pairs = [tokenised_subset(s, tokenizer, data.skip_bad_rows, data.preprocessing_workers) for s in subsets]
+        return [documents for documents, _ in pairs], sum(bad for _, bad in pairs)
+
+    documents, bad = tokenised(train)
+    if heldout:
+        kept, more_bad = tokenised(heldout)
+        bad += more_bad
+    else:
+        splits = []
+        for subset, its_documents in zip(train, documents, strict=True):
+            if len(its_documents) < 2:
+                raise UserError(
+                    f"{subset.describe()}: one document cannot be split into training and held-out documents"
+                )
+            splits.append(its_documents.train_test_split(test_size=data.heldout_share, seed=seed))
+        documents, kept = [split["train"] for split in splits], [split["test"] for split in splits]
+    mixed = []
+    for parts, which in ((documents, "training"), (kept, "held-out")):
+        packed = [PackedRows(part, packing) for part in parts]
+        for subset, rows in zip(train, packed, strict=True):
+            _check_filled(rows, which, subset)
+        mixed.append(_mix(packed, train, seed, again=which == "training"))
+    train_rows, kept_rows = mixed
+    kept_rows = torch.utils.data.Subset(kept_rows, range(min(len(kept_rows), data.max_heldout_rows)))
+    return train_rows, kept_rows, packing, bad
+
+
+def _mix(packed: list[PackedRows], subsets: list[Subset], seed: int, again: bool) -> torch.utils.data.Dataset:
+    """The rows of all subsets in the shares of their weights.
+
+    `again`: until each row was there once, and those of smaller subsets several times; otherwise as many as there are
+    without one being there twice.
+    """
+    if len(packed) == 1:
+        return packed[0]
+    first = np.cumsum([0] + [len(rows) for rows in packed[:-1]])
+    numbers = [
+        datasets.Dataset.from_dict({"row": np.arange(start, start + len(rows))})
+        for start, rows in zip(first, packed, strict=True)
+    ]
+    order = datasets.interleave_datasets(
+        numbers,
+        [subset.weight for subset in subsets],
+        seed=seed,
+        stopping_strategy="all_exhausted" if again else "first_exhausted",
     )
+    return torch.utils.data.Subset(torch.utils.data.ConcatDataset(packed), order.with_format("numpy")["row"][:])
 
 
-def _check_filled(rows: PackedRows, which: str, row_tokens: int) -> None:
+def _check_filled(rows: PackedRows, which: str, subset: Subset) -> None:
     if not len(rows):
-        total = rows.ends[-1] if rows.ends else 0
+        of = f" of {subset.name}" if subset.name else ""
         raise UserError(
-            f"the {which} documents hold {total} tokens, fewer than one row of {row_tokens}: give more data, a smaller "
-            "--context_length" + (" or a larger --heldout_share" if which == "held-out" else "")
+            f"the {which} documents{of} hold {rows.tokens} tokens, fewer than one row of {rows.packing.row_tokens}: "
+            "give more data, a smaller --context_length"
+            + (" or a larger --heldout_share" if which == "held-out" else "")
         )

@@ -134,9 +134,10 @@ def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedMo
         # Every row has as many ordinary tokens, landmarks or not: dense and landmark perplexities compare.
         "perplexity": math.exp(eval_loss),
         "steps": trainer.state.global_step,
-        "train_rows": len(rows.train),
+        "train_rows": rows.train_rows,
         "eval_rows": len(rows.heldout),
-        "ordinary_tokens_per_row": rows.train.row_tokens,
+        "ordinary_tokens_per_row": rows.row_tokens,
+        "data_fingerprint": rows.fingerprint,
         "bad_rows_skipped": rows.bad_rows,
         "parameters": model.num_parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),

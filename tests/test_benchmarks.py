@@ -11,7 +11,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import checks, generation, kernels, measure, table, training
+from documents import byte_tokenizer, write_jsonl
+
+from benchmarks import checks, generation, kernels, measure, table, tokenisation, training
 from benchmarks.models import DENSE, ModelArguments, dense_config, landmark_config, load_model, random_text
 
 TINY = {
@@ -340,3 +342,20 @@ def test_the_floor_of_reading_counts_every_landmark_and_the_blocks_of_the_table(
     table = 4 * 3 * 8 * 40 * (2 + 1 + 0.5) * 4  # scores and values of two, one, and half of the own block
     rates = kernels.Rates(operations_per_second=1.0, bytes_per_second=1e9)
     assert rates.reading_floor(args, 40) == landmarks + table
+
+
+def test_tokenisation_is_measured_beside_plain_datasets_and_only_where_the_ids_agree(tmp_path, monkeypatch):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
+    output = tmp_path / "tokenisation.jsonl"
+    monkeypatch.setattr(tokenisation, "isolated", lambda function, *args: function(*args))
+    monkeypatch.setattr(tokenisation, "write_data", lambda args, folder: [str(data)])
+    flags = ["--tokenizer", str(tmp_path / "tokenizer"), "--data", str(data), "--processes", "1", "--repetitions", "2"]
+    assert tokenisation.main([*flags, "--output", str(output)]) == 0
+    rows = read_rows(output)
+    assert [row["implementation"] for row in rows] == [tokenisation.PLAIN, tokenisation.OURS]
+    assert all(row["tokens"] == sum(len(f"document {i}") + 1 for i in range(300)) for row in rows)
+    monkeypatch.setattr(tokenisation, "ours", lambda *args: tokenisation.plain(*args).select(range(299)))
+    assert tokenisation.main([*flags, "--output", str(tmp_path / "wrong.jsonl")]) == 1
+    assert read_rows(tmp_path / "wrong.jsonl") == []
+    assert "299 documents, not 300" in read_rows(tmp_path / "wrong.failed.jsonl")[0]["reason"]

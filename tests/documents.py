@@ -1,0 +1,42 @@
+"""Documents on disk and a tokenizer of one token a byte, for the tests of `finetune`'s data."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+END = 0  # id of end-of-sequence
+LANDMARK = 300
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, after `</s>` (id 0)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": END, **{letter: i for i, letter in enumerate(alphabet, start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def random_documents(seed: int, count: int = 40, longest: int = 60) -> list[list[int]]:
+    """Lists of ids, none of them `END` or `LANDMARK`."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [torch.randint(1, 200, (length,), generator=generator).tolist() for length in lengths]
+
+
+def whole_documents(tokens: list[int]) -> list[list[int]]:
+    """The documents in a stream of tokens, without their ends; the last, which may be cut, is left out."""
+    documents: list[list[int]] = [[]]
+    for token in tokens:
+        documents.append([]) if token == END else documents[-1].append(token)
+    return documents[:-1]
