@@ -24,14 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-# transformers would take kernels.py beside this file for the package `kernels`
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 from benchmarks.checks import check_attention, check_reading
 from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, imported, machine, statistics_of, versions
 from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config

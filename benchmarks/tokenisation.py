@@ -18,11 +18,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-# transformers would take kernels.py beside this file for the package `kernels`
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 from transformers import HfArgumentParser
 
 from benchmarks.measure import MeasurementFailed, ResultsFile, Stopwatch, isolated, machine, statistics_of, versions

@@ -15,13 +15,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-# transformers would take kernels.py beside this file for the package `kernels`
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 from benchmarks.checks import check_attention
 from benchmarks.measure import (
     MeasurementFailed,
