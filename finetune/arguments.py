@@ -48,6 +48,10 @@ class ModelArguments:
     num_local_blocks: int | None = field(default=None, metadata={"help": "blocks before a token's own seen directly"})
     local_attention: str | None = field(default=None, metadata={"help": "sliding or chunked"})
     retrieval_granularity: str | None = field(default=None, metadata={"help": "token_and_head, head or token"})
+    train_retrieved_blocks: int | None = field(
+        default=None,
+        metadata={"help": "in training, too, a token sees only so many of its best earlier blocks (default: all)"},
+    )
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )

@@ -25,6 +25,7 @@ LANDMARK_SETTINGS = (
     "num_local_blocks",
     "local_attention",
     "retrieval_granularity",
+    "train_retrieved_blocks",
     "predict_from_landmark",
 )
 TOKENIZER_DOCUMENTS = 8000  # as many documents of the embedded corpus are enough for its tokenizer
@@ -118,7 +119,7 @@ def _load_landmark(
     for key, value in settings.items():
         setattr(config, key, value)
     try:
-        config.retrieval()  # refuses a window that cannot hold the settings
+        config.check()
     except ValueError as error:
         raise UserError(str(error)) from error
     return _load(LandmarkLlamaForCausalLM, name, config=config, **weights)

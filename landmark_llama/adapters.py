@@ -38,7 +38,7 @@ SHAPE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "tie_word_embeddings",
 )  # fmt: skip
-LANDMARK_SETTINGS = (*RETRIEVAL_SETTINGS, "train_context_length", "predict_from_landmark")
+LANDMARK_SETTINGS = (*RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "predict_from_landmark")
 
 
 def is_adapter(folder: str | PathLike[str]) -> bool:

@@ -39,6 +39,9 @@ class LandmarkLlamaConfig(LlamaConfig):
     local_attention: `"sliding"`, or `"chunked"` for the paper's protocol.
     retrieval_granularity: who shares a choice of blocks: nobody (`"token_and_head"`), the queries of a block
         (`"head"`), or the heads of a token (`"token"`).
+    train_retrieved_blocks: if given, a query of a call that is attended to as a whole, as in training, sees no more
+        than so many of its earlier blocks, those whose landmarks it scores highest, beside its local ones (`"sliding"`
+        only): what it will have while reading long texts. By default it sees them all.
     predict_from_landmark: whether the landmark of a block, rather than its last ordinary token, predicts what follows.
 
     Raises:
@@ -54,6 +57,7 @@ class LandmarkLlamaConfig(LlamaConfig):
     num_local_blocks: int | None = None
     local_attention: str = "sliding"
     retrieval_granularity: str = "token_and_head"
+    train_retrieved_blocks: int | None = None
     predict_from_landmark: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -61,7 +65,7 @@ class LandmarkLlamaConfig(LlamaConfig):
             self.train_context_length = self.max_position_embeddings
         super().__post_init__(**kwargs)
         self._check_tokens()
-        self.retrieval()
+        self.check()
 
     def retrieval(
         self,
@@ -96,6 +100,21 @@ class LandmarkLlamaConfig(LlamaConfig):
         else:
             direct = room if local is None else local
         return RetrievalSettings(retrieved, direct, attention, granularity)
+
+    def check(self) -> None:
+        """Raises ValueError if the settings, which may have been changed since, do not fit each other."""
+        self.retrieval()
+        if self.train_retrieved_blocks is None:
+            return
+        if self.train_retrieved_blocks < 1:
+            raise ValueError(
+                f"train_retrieved_blocks={self.train_retrieved_blocks}: must be at least 1, or None for all"
+            )
+        if self.local_attention != "sliding":
+            raise ValueError(
+                f"train_retrieved_blocks={self.train_retrieved_blocks}: needs local_attention='sliding', not "
+                f"{self.local_attention!r}, which reads all blocks of a call that fits the window"
+            )
 
     def _check_tokens(self) -> None:
         if self.block_size < 2:

@@ -8,7 +8,7 @@ landmarks are numbered from its start, nothing is seen across its ends. All but 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,10 +127,10 @@ class Documents(NamedTuple):
         position = position.view(len(begins), columns)
         return cls(*(x.to(device) for x in (position, torch.cat(indices), slot)), tuple(shapes))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
         """`landmark_attention` of each document by itself; arguments and result as there."""
         batches = zip(*(self._unpack(x) for x in (query, key, value)), strict=True)
-        outputs = [landmark_attention(*batch, block_size=block_size, scale=scale) for batch in batches]
+        outputs = [landmark_attention(*batch, **settings) for batch in batches]
         packed = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outputs]).index_select(0, self.slot)
         return packed.unflatten(0, self.position.shape).transpose(1, 2)
 

@@ -45,9 +45,9 @@ class LandmarkLlamaAttention(LlamaAttention):
         past_key_values: LandmarkCache | None = None,
         *,
         rotary: RotaryTable,
+        settings: RetrievalSettings,
         documents: Documents | None = None,
         groups: QueryGroups | None = None,
-        settings: RetrievalSettings | None = None,
         remember_only: bool = False,
         position_ids: None = None,
         use_cache: None = None,
@@ -74,6 +74,8 @@ class LandmarkLlamaAttention(LlamaAttention):
                 value.transpose(1, 2),
                 block_size=block_size,
                 scale=scale,
+                num_retrieved_blocks=self.config.train_retrieved_blocks,
+                num_direct_blocks=settings.num_direct_blocks,
             ).transpose(1, 2)
         else:
             position = groups.start.unsqueeze(1) + torch.arange(columns, device=key.device)
@@ -187,7 +189,9 @@ class LandmarkLlamaModel(LlamaModel):
             documents = Documents.of(begins, real, columns, block_size=block_size, longest=longest)
         fits = past_key_values is None and int(layout.length.max()) <= self.config.train_context_length
         if fits or documents is not None:
-            states, hidden_states = self._attend_to_all(content, layout, rotary, documents, bool(output_hidden_states))
+            states, hidden_states = self._attend_to_all(
+                content, layout, bool(output_hidden_states), rotary=rotary, documents=documents, settings=settings
+            )
             last = _take(states, output)
             if hidden_states is not None:
                 hidden_states = tuple(_take(x, output) for x in hidden_states)
@@ -207,18 +211,13 @@ class LandmarkLlamaModel(LlamaModel):
         )
 
     def _attend_to_all(
-        self,
-        content: Tensor,
-        layout: Layout,
-        rotary: RotaryTable,
-        documents: Documents | None,
-        keep_hidden_states: bool,
+        self, content: Tensor, layout: Layout, keep_hidden_states: bool, **attention: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """States (batch, columns, hidden_size) of a call in which a query sees all earlier blocks of its document."""
+        """States (batch, columns, hidden_size) of a call that is attended to as a whole, without a cache."""
         states = self._embed(content, layout.source)
         hidden_states = [states]
         for layer in self.layers:
-            states = layer(states, rotary=rotary, documents=documents)
+            states = layer(states, **attention)
             if keep_hidden_states:
                 hidden_states.append(states)
         states = self.norm(states)
@@ -301,6 +300,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention = "sliding",
         retrieval_granularity: RetrievalGranularity = "token_and_head",
+        train_retrieved_blocks: int | None = None,
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> LandmarkLlamaForCausalLM:
@@ -330,6 +330,7 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
                 "num_local_blocks": num_local_blocks,
                 "local_attention": local_attention,
                 "retrieval_granularity": retrieval_granularity,
+                "train_retrieved_blocks": train_retrieved_blocks,
                 "predict_from_landmark": predict_from_landmark,
             },
             from_pretrained,

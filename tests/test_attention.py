@@ -44,7 +44,9 @@ def random_inputs(
     )
 
 
-def weights_by_definition(query: Tensor, key: Tensor, block_size: int) -> list[list[float]]:
+def weights_by_definition(
+    query: Tensor, key: Tensor, block_size: int, retrieved: int | None = None, direct: int = 0
+) -> list[list[float]]:
     """The definition for one head, in loops: (query_length, head_dim), (key_length, head_dim)."""
     scale = query.shape[1] ** -0.5
     table = []
@@ -54,6 +56,9 @@ def weights_by_definition(query: Tensor, key: Tensor, block_size: int) -> list[l
         own = i // block_size
         begin = own * block_size
         landmarks = [c * block_size + block_size - 1 for c in range(own)]
+        if retrieved is not None:
+            candidates = landmarks[: max(0, own - direct)]
+            landmarks = sorted(candidates, key=lambda j: -score[j])[:retrieved] + landmarks[len(candidates) :]
         group = [j for j in range(begin, i + 1) if j % block_size != block_size - 1] + landmarks
         total = sum(math.exp(score[j]) for j in group)
         share = {j: math.exp(score[j]) / total for j in group}
@@ -112,9 +117,39 @@ def test_the_reference_is_the_definition_in_float64_loops(shape: tuple[int, ...]
         torch.testing.assert_close(weights[0, head], torch.tensor(loops, dtype=torch.float64))
 
 
-def forward_and_gradients(attention, inputs: tuple[Tensor, ...], grad: Tensor, block_size: int) -> list[Tensor]:
+RETRIEVALS = [(1, 0), (2, 1), (3, 2), (0, 1), (100, 0)]
+
+
+@every_shape
+@pytest.mark.parametrize(("retrieved", "direct"), RETRIEVALS)
+def test_a_query_that_retrieves_sees_its_best_earlier_blocks_and_its_direct_ones(
+    shape: tuple[int, ...], retrieved: int, direct: int
+) -> None:
+    heads, kv_heads, _, _, block_size, _ = shape
+    query, key, value = random_inputs(shape, batch=1)
+    blocks = {"num_retrieved_blocks": retrieved, "num_direct_blocks": direct}
+    weights = landmark_attention_weights(query, key, block_size=block_size, **blocks)
+    loops = weights_by_definition(query[0, -1], key[0, -1], block_size, retrieved, direct)
+    torch.testing.assert_close(weights[0, -1], torch.tensor(loops, dtype=torch.float64))
+    grad = torch.randn(query.shape, dtype=torch.float64)
+    expected = forward_and_gradients(landmark_attention_reference, (query, key, value), grad, block_size, **blocks)
+    actual = forward_and_gradients(landmark_attention, (query, key, value), grad, block_size, **blocks)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_a_negative_number_of_blocks_is_refused_by_name() -> None:
+    query, key, value = random_inputs((1, 1, 5, 5, 4, 8))
+    for name in ("num_retrieved_blocks", "num_direct_blocks"):
+        with pytest.raises(ValueError, match=f"{name}=-1: must not be negative"):
+            landmark_attention(query, key, value, block_size=4, **{name: -1})
+
+
+def forward_and_gradients(
+    attention, inputs: tuple[Tensor, ...], grad: Tensor, block_size: int, **blocks: int
+) -> list[Tensor]:
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    output = attention(*inputs, block_size=block_size)
+    output = attention(*inputs, block_size=block_size, **blocks)
     output.backward(grad.to(output.dtype))
     return [output.detach(), *(x.grad for x in inputs)]
 

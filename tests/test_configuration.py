@@ -82,6 +82,13 @@ def test_a_checkpoint_without_a_landmark_token_says_how_to_get_one() -> None:
         LandmarkLlamaForCausalLM(tiny_config(landmark_token_id=None))
 
 
+def test_blocks_retrieved_in_training_need_sliding_attention_and_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="train_retrieved_blocks=0: must be at least 1, or None"):
+        tiny_config(train_retrieved_blocks=0)
+    with pytest.raises(ValueError, match="train_retrieved_blocks=2: needs local_attention='sliding', not 'chunked'"):
+        tiny_config(train_retrieved_blocks=2, local_attention="chunked")
+
+
 def test_dropout_in_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
         LandmarkLlamaForCausalLM(tiny_config(attention_dropout=0.1))

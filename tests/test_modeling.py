@@ -261,6 +261,18 @@ def test_low_precision_is_as_accurate_as_low_precision_of_a_dense_llama() -> Non
     assert_as_accurate(streamed, plain, reference)
 
 
+def test_training_with_retrieval_leaves_the_least_of_the_earlier_blocks_unseen() -> None:
+    settings = {"num_local_blocks": 1, "num_retrieved_blocks": 2}
+    full, some, all_blocks = (tiny_model(train_retrieved_blocks=n, **settings) for n in (None, 2, 8))
+    ids = random_ids(2, 24)
+    few = 4 * 3  # tokens of the first four blocks: their own, one local block and two more are all there are
+    torch.testing.assert_close(some(ids).logits[:, :few], full(ids).logits[:, :few])
+    assert not torch.isclose(some(ids).logits[:, -1], full(ids).logits[:, -1]).all()
+    torch.testing.assert_close(all_blocks(ids).logits, full(ids).logits)
+    some.train()(ids, labels=ids).loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in some.parameters())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_weight_learns_the_landmarks_row_included(tied: bool) -> None:
     model, ids = tiny_model(tie_word_embeddings=tied).train(), random_ids(2, 24)

@@ -12,7 +12,14 @@ __all__ = ["landmark_attention", "landmark_attention_reference"]
 
 
 def landmark_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    num_retrieved_blocks: int | None = None,
+    num_direct_blocks: int = 0,
 ) -> Tensor:
     """Causal landmark attention.
 
@@ -26,6 +33,8 @@ def landmark_attention(
             query_length.
         block_size: positions of a block, its landmark included (>= 2).
         scale: factor of the scores; by default `head_dim ** -0.5`.
+        num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
+            scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.
@@ -34,13 +43,16 @@ def landmark_attention(
         ValueError: if shapes, dtypes or `block_size` do not fit, naming the argument.
     """
     _check(query, key, value, block_size)
+    for name, number in (("num_retrieved_blocks", num_retrieved_blocks), ("num_direct_blocks", num_direct_blocks)):
+        if (number or 0) < 0:
+            raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.is_cuda and triton_is_installed():
+    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed():
         from landmark_llama.attention.fused import fused_landmark_attention, unsupported
 
         if not unsupported(query):
             return fused_landmark_attention(query, key, value, block_size, scale)
-    return blockwise_landmark_attention(query, key, value, block_size, scale)
+    return blockwise_landmark_attention(query, key, value, block_size, scale, num_retrieved_blocks, num_direct_blocks)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:

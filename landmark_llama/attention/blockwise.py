@@ -3,7 +3,7 @@
 Three functions share one tile of work, a set of queries against whole blocks of keys:
 
 - `blockwise_landmark_attention`: causal attention over one sequence, with a backward of its own. It walks over query
-  tiles, reads only the blocks that a tile can see, and keeps two numbers a (query, block) for the backward.
+  tiles, reads only the blocks that a tile can see, and keeps one number a (query, block) for the backward.
 - `attend_window`: each group of queries over its own short window of consecutive blocks, returning the logsumexp too.
 - `attend_retrieved`: each group of queries over blocks that it chose, merged with the result of `attend_window`.
 
@@ -18,13 +18,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from landmark_llama.attention.reference import seen_blocks
+
 # positions of a query tile, rounded to whole blocks: small enough to skip most of what causality zeroes
 QUERY_TILE = 64
 
 
-def blockwise_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+def blockwise_landmark_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    scale: float,
+    num_retrieved_blocks: int | None = None,
+    num_direct_blocks: int = 0,
+) -> Tensor:
     """Causal landmark attention; arguments and result as in `landmark_attention`."""
-    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale)
+    retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
+    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, retrieval)
 
 
 def attend_window(
@@ -45,7 +56,8 @@ def attend_window(
     """
     query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
     scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
-    weights, _, _, lse = _normalise_(scores, position, first)
+    block = torch.arange(scores.shape[-2], device=scores.device)
+    weights, _, lse = _normalise_(scores, position, block < first.unsqueeze(-1))
     return weights.flatten(-2) @ value, lse
 
 
@@ -79,33 +91,45 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
     """Forward and backward over query tiles; GQA by folding the query heads of a KV head into the tile's queries."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_size: int,
+        scale: float,
+        retrieval: tuple[int, int] | None,
+    ) -> Tensor:
         tiles = _Tiles(query, key, value, block_size, scale)
         output = torch.empty_like(tiles.query)
-        kept = []
+        adjusts = []
         for rows, blocks, position in tiles:
             scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
-            weights, adjust, share, _ = _normalise_(scores.unflatten(-1, (-1, block_size)), position)
+            scores = scores.unflatten(-1, (-1, block_size))
+            unseen = None
+            if retrieval is not None and scores.shape[-2] > sum(retrieval) + 1:
+                unseen = ~seen_blocks(scores[..., -1], position // block_size, *retrieval)
+            weights, adjust, _ = _normalise_(scores, position, unseen)
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
-            kept += [adjust, share]
+            adjusts.append(adjust)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, output, *kept)
+            ctx.save_for_backward(query, key, value, output, *adjusts)
             ctx.block_size, ctx.scale = block_size, scale
         return tiles.unfold(output).to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *kept = ctx.saved_tensors
+        query, key, value, output, *adjusts = ctx.saved_tensors
         tiles = _Tiles(query, key, value, ctx.block_size, ctx.scale)
         grad = tiles.fold(grad)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
-        for (rows, blocks, position), adjust, share in zip(tiles, kept[::2], kept[1::2], strict=True):
+        for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
             q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
             scores = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
             grad_weights = (g @ tiles.value[..., blocks, :].transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
-            weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, share, mean[..., rows, :], position)
+            weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, mean[..., rows, :], position)
             grad_value[..., blocks, :] += weights.flatten(-2).transpose(-1, -2) @ g
             grad_scores = grad_scores.flatten(-2)
             grad_query[..., rows, :] = grad_scores @ k
@@ -114,6 +138,7 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
             tiles.unfold(grad_query.mul_(ctx.scale)).to(query.dtype),
             grad_key[..., : key.shape[-2], :].to(key.dtype),
             grad_value[..., : value.shape[-2], :].to(value.dtype),
+            None,
             None,
             None,
         )
@@ -169,31 +194,29 @@ class _Tiles:
         return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
 
 
-def _normalise_(scores: Tensor, position: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normalise_(scores: Tensor, position: Tensor, unseen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Turns scores into weights, in place.
 
     Args:
         scores: (..., queries, blocks, block_size), scaled; overwritten.
         position: (..., queries): position of each query among the blocks' positions.
-        first: (..., queries): the first block that each query sees; by default block 0.
+        unseen: (..., queries, blocks), boolean: earlier blocks that a query does not see; by default it sees all.
 
     Returns:
         weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the
-        weights, (..., queries, blocks), -inf for blocks that are not seen; what the weights of each block sum to, (...,
-        queries, blocks); the logsumexp of the own group, (..., queries).
+        weights, (..., queries, blocks), -inf for blocks that are not seen; the logsumexp of the own group, (...,
+        queries).
     """
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
-    unseen = block > own if first is None else (block > own) | (block < first.unsqueeze(-1))
+    unseen = block > own if unseen is None else (block > own) | unseen
     landmark = _mask_(scores, position)
     total, inside = _exponentials_(scores)
     share = torch.where(block == own, inside, landmark).masked_fill_(unseen, -torch.inf)
     lse = share.logsumexp(-1)
     share -= lse.unsqueeze(-1)
-    adjust = share - inside
-    share = share.exp()
-    scores.mul_((share / total).unsqueeze(-1))
-    return scores, adjust, share, lse
+    scores.mul_((share.exp() / total).unsqueeze(-1))
+    return scores, share - inside, lse
 
 
 def _exponentials_(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,11 +245,11 @@ def _mask_(scores: Tensor, position: Tensor) -> Tensor:
 
 
 def _grad_scores_(
-    scores: Tensor, grad_weights: Tensor, adjust: Tensor, share: Tensor, mean: Tensor, position: Tensor
+    scores: Tensor, grad_weights: Tensor, adjust: Tensor, mean: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weights and the gradient of the scores, in place of `scores` and `grad_weights`; the rest is from `_normalise_`.
 
-    With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark (`share`), `D` the row's mean:
+    With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark, `D` the row's mean:
     `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`,
     `G dG = sum P dP`.
     """
@@ -234,6 +257,7 @@ def _grad_scores_(
     block = torch.arange(scores.shape[-2], device=scores.device)
     own = (position // scores.shape[-1]).unsqueeze(-1)
     weights = scores.add_(adjust.unsqueeze(-1)).exp_()
+    share = weights.sum(-1)  # G at earlier blocks
     share_grad = torch.linalg.vecdot(weights, grad_weights)  # G dG
     block_mean = share_grad / share.clamp_min(torch.finfo(share.dtype).tiny)
     block_mean = torch.where(block == own, mean, block_mean)

@@ -19,7 +19,14 @@ from torch import Tensor
 
 
 def landmark_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    num_retrieved_blocks: int | None = None,
+    num_direct_blocks: int = 0,
 ) -> Tensor:
     """Landmark attention by the definition, differentiable, in time and memory quadratic in the length.
 
@@ -29,16 +36,32 @@ def landmark_attention_reference(
             `block_size`.
         block_size: positions of a block, its landmark included.
         scale: factor of the scores; by default `head_dim ** -0.5`.
+        num_retrieved_blocks, num_direct_blocks: which earlier blocks a query sees (`seen_blocks`); by default all.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`.
     """
-    weights = landmark_attention_weights(query, key, block_size=block_size, scale=scale)
+    weights = landmark_attention_weights(
+        query,
+        key,
+        block_size=block_size,
+        scale=scale,
+        num_retrieved_blocks=num_retrieved_blocks,
+        num_direct_blocks=num_direct_blocks,
+    )
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return weights.to(value.dtype) @ value
 
 
-def landmark_attention_weights(query: Tensor, key: Tensor, *, block_size: int, scale: float | None = None) -> Tensor:
+def landmark_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    num_retrieved_blocks: int | None = None,
+    num_direct_blocks: int = 0,
+) -> Tensor:
     """Weights (batch, heads, query_length, key_length) of landmark attention: rows sum to 1, landmarks weigh 0.
 
     Computed in the dtype of `query`, or in float32 for narrower ones. Arguments as in `landmark_attention_reference`.
@@ -54,6 +77,10 @@ def landmark_attention_weights(query: Tensor, key: Tensor, *, block_size: int, s
     ordinary = key_position % block_size != block_size - 1
     own = (block == own_block) & (key_position <= query_position) & ordinary
     earlier = (block < own_block) & ordinary
+    if num_retrieved_blocks is not None:
+        landmark = torch.nn.functional.pad(scores[..., block_size - 1 :: block_size], (0, 1))
+        seen = seen_blocks(landmark, own_block.squeeze(-1), num_retrieved_blocks, num_direct_blocks)
+        earlier = earlier & seen[..., block]
 
     logits = torch.where(own, scores, -torch.inf)
     for c in range((key_length - 1) // block_size):
@@ -64,3 +91,25 @@ def landmark_attention_weights(query: Tensor, key: Tensor, *, block_size: int, s
         norm = torch.where(members.any(-1, keepdim=True), inside, 0.0).logsumexp(-1, keepdim=True)
         logits = torch.where(members, scores - norm + landmark, logits)
     return logits.softmax(-1)
+
+
+def seen_blocks(landmark: Tensor, own: Tensor, num_retrieved_blocks: int, num_direct_blocks: int) -> Tensor:
+    """Which blocks a query sees that retrieves the best of the earlier ones, as it does while reading long texts.
+
+    Args:
+        landmark: (..., queries, blocks): scores of the blocks' landmarks; those of the own block and later have no say.
+        own: (..., queries): block of each query.
+        num_retrieved_blocks: of the candidates those with the highest scores are seen, and what ties with the last one.
+        num_direct_blocks: blocks before the own one that are always seen; the candidates are the blocks before them.
+
+    Returns:
+        Boolean, the shape of `landmark`; the own block counts as seen.
+    """
+    block, own = torch.arange(landmark.shape[-1], device=landmark.device), own.unsqueeze(-1)
+    seen = (block >= own - num_direct_blocks) & (block <= own)
+    if num_retrieved_blocks:
+        candidate = block < own - num_direct_blocks
+        value = landmark.masked_fill(~candidate, -torch.inf)
+        best = value.topk(min(num_retrieved_blocks, landmark.shape[-1]), dim=-1).values
+        seen = seen | candidate & (value >= best[..., -1:])
+    return seen.expand(landmark.shape)
