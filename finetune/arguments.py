@@ -105,6 +105,12 @@ class DataArguments:
     corpus_copy_share: float = field(
         default=0.1, metadata={"help": "embedded: share of the retrieval documents that only say something twice"}
     )
+    corpus_register_share: float = field(
+        default=0.3, metadata={"help": "embedded: share of registers among the others, which hide numbers in texts"}
+    )
+    corpus_refrain_share: float = field(
+        default=0.35, metadata={"help": "embedded: share of those texts that say a few sentences over and over"}
+    )
     corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
     vocabulary_size: int = field(default=1536, metadata={"help": "pieces of the `embedded` tokenizer"})
 

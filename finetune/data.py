@@ -118,6 +118,8 @@ def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
         retrieval_share=data.corpus_retrieval_share,
         retrieval_characters=tuple(data.corpus_retrieval_characters),
         copy_share=data.corpus_copy_share,
+        register_share=data.corpus_register_share,
+        refrain_share=data.corpus_refrain_share,
         seed=data.corpus_seed,
     )
 

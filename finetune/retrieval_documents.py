@@ -12,7 +12,7 @@ from pathlib import Path
 # Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
 # (`eval_passkey.task.is_benchmark_key` says the same; a test compares the two).
 BENCHMARK_KEY_DIVISOR, BENCHMARK_KEY_REMAINDER = 7, 3
-REGISTER_SHARE = 0.3  # of what is not a copy
+PROSE_SHARE = 0.2  # of the texts that a number is hidden in
 WORDING = Path(__file__).parent / "corpus_wording.json"
 _FIVE_DIGITS = re.compile(r"(?=([1-9][0-9]{4}))")
 
@@ -34,14 +34,24 @@ class RetrievalWriter:
         rng: where all choices come from.
         words: ordinary lower-case words, for names and fillers beside the built-in lists.
         prose: pieces of real text that serve as haystacks; they must hold no reserved number.
+        register_share: share of registers among the documents that are no copy; the others hide numbers.
+        refrain_share: share of the hiding texts that say a few sentences over and over.
 
     The built-in words and sentence shapes stand in `corpus_wording.json`. In a shape `{x}` is the name, `{k}` the
     number and `{t}` what kind of number it is; a statement cut off before its number is a question, too. The `invented`
     shapes are made of any words, because a number must be found however it was stated.
     """
 
-    def __init__(self, rng: random.Random, words: list[str], prose: list[str]) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        words: list[str],
+        prose: list[str],
+        register_share: float = 0.3,
+        refrain_share: float = 0.35,
+    ) -> None:
         self.rng, self.words, self.prose = rng, words, prose
+        self.register_share, self.refrain_share = register_share, refrain_share
         self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
 
     def document(self, characters: int, copy_share: float) -> str:
@@ -52,7 +62,7 @@ class RetrievalWriter:
         """
         if self.rng.random() < copy_share:
             return self._copy(characters)
-        return self._register(characters) if self.rng.random() < REGISTER_SHARE else self._hidden(characters)
+        return self._register(characters) if self.rng.random() < self.register_share else self._hidden(characters)
 
     def _copy(self, characters: int) -> str:
         """Any words and numbers, and the same again."""
@@ -109,12 +119,14 @@ class RetrievalWriter:
         """Sentences that are beside the point, about `characters` characters of them."""
         rng = self.rng
         kind = rng.random()
-        if kind < 0.2 and self.prose:
+        if kind < PROSE_SHARE and self.prose:
             piece = rng.choice(self.prose)
             start = rng.randint(0, max(0, len(piece) - characters))
             return re.split(r"(?<=[.:\n])\s+", piece[start : start + characters].strip())
         # A few sentences over and over, or ever new ones.
-        cycle = [self._sentence() for _ in range(rng.randint(1, 6))] if kind < 0.55 else None
+        cycle = (
+            [self._sentence() for _ in range(rng.randint(1, 6))] if kind < PROSE_SHARE + self.refrain_share else None
+        )
         lines: list[str] = []
         length = 0
         while length < characters:
