@@ -276,6 +276,33 @@ def test_dense_and_landmark_runs_are_measured_on_the_same_tokens(
     assert dense["perplexity"] == pytest.approx(landmark["perplexity"], rel=0.2)
 
 
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_documents_kept_apart_are_trained_on_as_if_alone(
+    base: Path, data: Path, tmp_path: Path, streaming: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    step = Trainer.compute_loss
+
+    def recorded(self, model, inputs, *args, **kwargs):
+        batches.append({name: x.clone() for name, x in inputs.items()})
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", recorded)
+    main(flags(base, data, tmp_path / "run", "--pack_documents", "apart", "--streaming", streaming))
+    assert json.loads((tmp_path / "run" / METRICS).read_text())["steps"] == STEPS
+    model = LandmarkLlamaForCausalLM.from_pretrained(tmp_path / "run")
+    several = 0
+    for batch in batches:
+        logits = model(**batch).logits
+        for row, real in enumerate(batch["attention_mask"].sum(1).tolist()):
+            begins = (batch["position_ids"][row, :real] == 0).nonzero().flatten().tolist()
+            several += len(begins) > 1
+            for begin, end in zip(begins, [*begins[1:], real], strict=True):
+                document = model(batch["input_ids"][row : row + 1, begin:end]).logits[0]
+                torch.testing.assert_close(logits[row, begin:end], document, rtol=1e-4, atol=1e-5)
+    assert several
+
+
 def test_a_landmark_checkpoint_is_trained_on_with_its_own_blocks(finished: Path, data: Path, tmp_path: Path) -> None:
     arguments = flags(finished, data, tmp_path, "--context_length", "96")
     metrics = finetune(*parse_arguments(arguments))
