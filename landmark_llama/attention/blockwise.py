@@ -22,6 +22,8 @@ from landmark_llama.attention.reference import seen_blocks
 
 # positions of a query tile, rounded to whole blocks: small enough to skip most of what causality zeroes
 QUERY_TILE = 64
+# scores whose exponentials, summed over a block, stay far from the largest and the smallest number of fp32
+SMALL_SCORE = 60.0
 
 
 def blockwise_landmark_attention(
@@ -79,9 +81,10 @@ def attend_retrieved(
     window_output, window_lse = window
     scores = query @ key.transpose(-1, -2)  # (..., blocks, queries, block_size)
     landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
+    small = _are_small(scores)
     scores[..., -1] = -torch.inf
     lse = torch.logaddexp(window_lse, landmark.logsumexp(-2))
-    total, _ = _exponentials_(scores)
+    total, _ = _exponentials_(scores, small)
     scores.mul_(((landmark - lse.unsqueeze(-2)).exp() / total).unsqueeze(-1))
     retrieved = scores.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
     return window_output * (window_lse - lse).exp().unsqueeze(-1) + retrieved
@@ -210,8 +213,9 @@ def _normalise_(scores: Tensor, position: Tensor, unseen: Tensor | None = None) 
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
     unseen = block > own if unseen is None else (block > own) | unseen
+    small = _are_small(scores)
     landmark = _mask_(scores, position)
-    total, inside = _exponentials_(scores)
+    total, inside = _exponentials_(scores, small)
     share = torch.where(block == own, inside, landmark).masked_fill_(unseen, -torch.inf)
     lse = share.logsumexp(-1)
     share -= lse.unsqueeze(-1)
@@ -219,11 +223,30 @@ def _normalise_(scores: Tensor, position: Tensor, unseen: Tensor | None = None) 
     return scores, share - inside, lse
 
 
-def _exponentials_(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponentials of `scores` (..., block_size) over each block's own peak, in place; their sums, the logsumexps."""
+def _are_small(scores: Tensor) -> bool:
+    """Whether the exponentials of all scores can be taken as they are: finding each block's peak takes much longer."""
+    if not scores.numel():
+        return True
+    lowest, highest = scores.aminmax()
+    return bool((lowest > -SMALL_SCORE) & (highest < SMALL_SCORE))
+
+
+def _exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
+    """Exponentials of `scores` (..., block_size), in place; their sums, and the logsumexps, (...).
+
+    Unless all scores are `small`, exponentials and sums are over each block's own peak.
+    """
+    if small:
+        total = _sum(scores.exp_())
+        return total, total.log()
     peak = scores.amax(-1)
-    total = scores.sub_(peak.unsqueeze(-1)).exp_().sum(-1)
+    total = _sum(scores.sub_(peak.unsqueeze(-1)).exp_())
     return total, total.log().add_(peak)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension, which is short: as a matrix product it takes half the time."""
+    return x @ x.new_ones(x.shape[-1])
 
 
 def _mask_(scores: Tensor, position: Tensor) -> Tensor:
@@ -257,11 +280,12 @@ def _grad_scores_(
     block = torch.arange(scores.shape[-2], device=scores.device)
     own = (position // scores.shape[-1]).unsqueeze(-1)
     weights = scores.add_(adjust.unsqueeze(-1)).exp_()
-    share = weights.sum(-1)  # G at earlier blocks
-    share_grad = torch.linalg.vecdot(weights, grad_weights)  # G dG
+    share = _sum(weights)  # G at earlier blocks
+    grad_scores = grad_weights.mul_(weights)
+    share_grad = _sum(grad_scores)  # G dG
     block_mean = share_grad / share.clamp_min(torch.finfo(share.dtype).tiny)
     block_mean = torch.where(block == own, mean, block_mean)
-    grad_scores = grad_weights.sub_(block_mean.unsqueeze(-1)).mul_(weights)
+    grad_scores.addcmul_(weights, block_mean.unsqueeze(-1), value=-1)
     grad_scores[..., -1] = torch.where(block < own, share_grad - share * mean, 0.0)
     return weights, grad_scores
 
