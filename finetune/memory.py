@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from finetune.arguments import RunArguments
+from finetune.distributed import fsdp_settings, is_zero3
 from finetune.throughput import head_dim, parameter_count
 
 GB = 1e9
@@ -175,17 +176,12 @@ def memory_lines(model: nn.Module, run: RunArguments, positions: int, tokens: in
 
 def plan_of(run: RunArguments, compute_bytes: int, held_bytes: int) -> Plan:
     """What `accelerate launch` and the run's own flags ask for; `held_bytes` of an embedding's weight."""
-    sharding, checkpointing, whole = "none", bool(run.gradient_checkpointing), False
-    fsdp = getattr(run, "fsdp_plugin_args", None)
-    if fsdp is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
-        plugin = FullyShardedDataParallelPlugin(**(fsdp or {}))
-        sharding, checkpointing = "fsdp", checkpointing or plugin.activation_checkpointing
+    sharding, checkpointing, whole = "zero3" if is_zero3(run) else "none", bool(run.gradient_checkpointing), False
+    fsdp = fsdp_settings(run)
+    if fsdp is not None:
+        sharding, checkpointing = "fsdp", checkpointing or fsdp.activation_checkpointing
         accumulation = run.accelerator_config.to_dict().get("gradient_accumulation_kwargs") or {}
         whole = run.gradient_accumulation_steps > 1 and not accumulation.get("sync_each_batch", False)
-    elif run.deepspeed_plugin is not None and run.deepspeed_plugin.zero_stage == 3:
-        sharding = "zero3"
     # DDP leaves the stream between layers in the embedding's dtype, the others hold the embedding in 16 bits at work
     residual_bytes = held_bytes if sharding == "none" else compute_bytes
     return Plan(max(1, run.world_size), sharding, compute_bytes, residual_bytes, checkpointing, whole)

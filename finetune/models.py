@@ -1,8 +1,6 @@
 """Loads the tokenizer and the model that a run starts from: a checkpoint (dense or not) or a configuration."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,11 +13,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from finetune.adapters import four_bit
-from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, RunArguments, UserError
+from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
 from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
 from landmark_llama.conversion import checked_load
 
@@ -107,19 +104,6 @@ def load_model(
         raise UserError(str(error)) from error
     except Exception as error:  # as above
         raise _no_checkpoint(name, error) from error
-
-
-@contextmanager
-def whole_weights(run_args: RunArguments) -> Iterator[None]:
-    """Inside, DeepSpeed does not spread what is loaded: the landmark's row is made of all others."""
-    if run_args.deepspeed_plugin is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        run_args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _load_landmark(

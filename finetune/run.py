@@ -33,8 +33,9 @@ from finetune.arguments import (
     parse_arguments,
 )
 from finetune.data import Rows, embedded_files, make_rows
+from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
-from finetune.models import load_model, load_tokenizer, whole_weights
+from finetune.models import load_model, load_tokenizer
 from finetune.output import (
     METRICS,
     CompleteCheckpoints,
@@ -69,6 +70,7 @@ def finetune(
         UserError: the model, the data or the output folder cannot be used as asked.
     """
     _set_up_process(run_args)
+    check_distribution(run_args)
     with run_args.main_process_first(desc="preparing the data"):
         resume_from = prepare_output(model_args, data_args, run_args, adapter_args)
         embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None

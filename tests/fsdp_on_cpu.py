@@ -1,4 +1,4 @@
-"""Runs `finetune/run.py` with FSDP on CPU processes. Accelerate has FSDP for GPUs only: it is told that these are some."""
+"""Runs `finetune/run.py` with FSDP on CPU processes. Accelerate has it for GPUs alone: it is told these are some."""
 
 import sys
 from pathlib import Path

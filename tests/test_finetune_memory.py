@@ -1,6 +1,6 @@
 """The estimate of a run's memory: against sums done by hand, and against what is measured."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import LANDMARK, random_ids, tiny_model
+from tiny import random_ids, tiny_model
 from transformers import LlamaConfig
 
-from finetune.memory import Batch, Estimate, Plan, Weights, activations, estimate, layer_activations, warning
+from finetune.memory import Batch, Estimate, Plan, Weights, estimate, layer_activations, warning
 
 LLAMA2_7B = LlamaConfig(vocab_size=32001, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
 LAYER = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096  # 202,383,360
@@ -74,3 +74,48 @@ def test_weights_are_sorted_by_what_becomes_of_them() -> None:
     pairs = 2 * 2 * (32 + 32)
     expected = Weights(pairs, 4 * pairs, 2 * (2 * layer + rest), layer + pairs // 2, rest)
     assert Weights.of(adapted) == expected
+
+
+def kept_for_backward(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """Bytes of what a forward of `model`'s layers keeps for its backward, beside the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tensors = []  # none is freed, so that no address is there twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (note(x), tensors.append(x))[0], lambda x: x):
+        model.model(ids)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_a_layer_keeps_what_is_estimated(precision: str) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 344, "block_size": 16, "max_position_embeddings": 256}
+    ids = random_ids(2, 240)
+    kept = []
+    for layers in (1, 3):
+        model = tiny_model(num_hidden_layers=layers, **shape).train()
+        model = model.bfloat16() if precision == "bf16" else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            kept.append(kept_for_backward(model, ids))
+    compute, residual = {"fp32": (4, 4), "autocast": (2, 4), "bf16": (2, 2)}[precision]
+    estimated = layer_activations(model.config, Batch(2, 256, 240), compute, residual)
+    assert estimated == pytest.approx((kept[1] - kept[0]) / 2, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["whole", "checkpointing"])
+def test_a_run_peaks_near_its_estimate(checkpointing: str) -> None:
+    script = Path(__file__).with_name("peak_memory.py")
+    # freed memory goes back to the system at once, so that the peak is one of use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        [sys.executable, str(script), checkpointing], capture_output=True, text=True, check=True, env=environment
+    )
+    measured, estimated = map(int, result.stdout.split())
+    assert 0.75 < estimated / measured < 1.33
