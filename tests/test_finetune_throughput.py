@@ -92,14 +92,14 @@ def run_steps(throughput: Throughput, model: torch.nn.Module, monkeypatch: pytes
     state = SimpleNamespace(log_history=[])
     throughput.on_train_begin(args, state, None, model=model)
     for _ in range(2):
-        model.train()(random_ids(2, 9))
+        model.train()(input_ids=random_ids(2, 9))
         now[0] += 2
         throughput.on_step_end(args, state, None)
         logs = {"loss": 1.0}
         state.log_history.append(dict(logs))
         throughput.on_log(args, state, None, logs=logs)
         with torch.no_grad():
-            model.eval()(random_ids(2, 9))
+            model.eval()(input_ids=random_ids(2, 9))
         now[0] += 100
         throughput.on_evaluate(args, state, None)
     throughput.on_train_end(args, state, None)
