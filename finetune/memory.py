@@ -114,6 +114,10 @@ def layer_activations(config: PretrainedConfig, batch: Batch, compute_bytes: int
     norms = 2 * hidden * (residual_bytes + 4 + compute_bytes)
     attention = compute_bytes * (3 * width + 2 * kv_width)
     mlp = 4 * compute_bytes * config.intermediate_size
+    if (
+        residual_bytes > compute_bytes
+    ):  # autocast makes a copy of its input for each of five matrices, not for each norm
+        norms += 3 * hidden * compute_bytes
     blocks = batch.positions // (getattr(config, "block_size", None) or batch.positions) / 2
     statistics = 8 * config.num_attention_heads * blocks
     return round(batch.rows * batch.positions * (norms + attention + mlp + statistics))
