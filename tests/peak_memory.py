@@ -1,4 +1,4 @@
-"""Two steps of training, two batches each, in a process of their own: prints the peak of its memory and what was estimated, in bytes."""
+"""Trains two steps of two batches in a process of its own: prints the peak of its memory and the estimate, in bytes."""
 
 import resource
 import sys
