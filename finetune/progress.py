@@ -10,7 +10,7 @@ from finetune.arguments import UserError
 
 
 class ProgressLines(TrainerCallback):
-    """One line each time something is logged: the step, the loss and the time left."""
+    """One line each time something is logged: the step, the loss, the time left and the speed."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         self.start, self.first_step = time.monotonic(), state.global_step
@@ -24,6 +24,10 @@ class ProgressLines(TrainerCallback):
             line = (
                 f"loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.2e}  {minutes}:{seconds:02d} left"
             )
+            if "tokens_per_second" in logs:
+                line += f"  {float(logs['tokens_per_second']):,.0f} tokens/s"
+            if "mfu" in logs:
+                line += f"  {float(logs['mfu']):.1%} of the peak"
         elif "eval_loss" in logs:
             line = f"held-out loss {float(logs['eval_loss']):.4f}"
         else:

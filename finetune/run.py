@@ -2,7 +2,7 @@
 
     accelerate launch finetune/run.py --config finetune/configs/tiny.yaml
     accelerate launch finetune/run.py --config finetune/configs/tiny.yaml --learning_rate 1e-3 --output_dir runs/other
-    accelerate launch finetune/run.py --config finetune/configs/llama2_7b.yaml --data my/documents.jsonl
+    accelerate launch --config_file finetune/configs/accelerate/fsdp.yaml finetune/run.py --config RECIPE --data FILES
     python finetune/run.py --model_name_or_path DIR --data FOLDER --output_dir runs/mine --resume_from_checkpoint true
     python finetune/run.py --model_name_or_path DIR --data FOLDER --output_dir runs/mine --lora_rank 16
 
@@ -33,6 +33,8 @@ from finetune.arguments import (
     parse_arguments,
 )
 from finetune.data import Rows, embedded_files, make_rows
+from finetune.distributed import check_distribution, whole_weights
+from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
 from finetune.output import (
     METRICS,
@@ -44,6 +46,7 @@ from finetune.output import (
     write_json,
 )
 from finetune.progress import ProgressLines, StopAtBrokenLoss
+from finetune.throughput import Throughput, device_peak
 
 EXIT_INTERRUPTED = 130
 
@@ -67,21 +70,26 @@ def finetune(
         UserError: the model, the data or the output folder cannot be used as asked.
     """
     _set_up_process(run_args)
+    check_distribution(run_args)
     with run_args.main_process_first(desc="preparing the data"):
         resume_from = prepare_output(model_args, data_args, run_args, adapter_args)
         embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None
         tokenizer = load_tokenizer(model_args, data_args, embedded)
-        model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
+        with whole_weights(run_args):
+            model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
         if adapter_args.lora_rank:
             model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
         block_size, landmark_token_id = model_args.block_size_of(model.config)
         rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed)
-    trainer = _make_trainer(model, tokenizer, rows, run_args)
-    if trainer.is_world_process_zero():
+    if run_args.process_index == 0:
         trained = model.num_parameters(only_trainable=True)
         print(f"{rows.describe()}; {model.num_parameters():,} parameters, {trained:,} of them trained")
+        positions = data_args.context_length if landmark_token_id is not None else rows.row_tokens
+        print(*memory_lines(model, run_args, positions, rows.row_tokens), sep="\n", flush=True)
         if resume_from:
             print(f"going on from {resume_from}")
+    throughput = Throughput(block_size, landmark_token_id, device_peak(run_args))
+    trainer = _make_trainer(model, tokenizer, rows, run_args, throughput)
     if not _had_finished_training(trainer, resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
     evaluation = trainer.evaluate()
@@ -94,7 +102,9 @@ def finetune(
     return metrics
 
 
-def _make_trainer(model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunArguments) -> Trainer:
+def _make_trainer(
+    model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunArguments, throughput: Throughput
+) -> Trainer:
     keep, run_args.save_total_limit = run_args.save_total_limit, None
     trainer = Trainer(
         model=model,
@@ -105,6 +115,7 @@ def _make_trainer(model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunAr
         processing_class=tokenizer,
         callbacks=[CompleteCheckpoints(keep), StopAtBrokenLoss()],
     )
+    trainer.callback_handler.callbacks.insert(0, throughput)  # what it adds to the log, trackers and lines are to have
     if run_args.disable_tqdm:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(ProgressLines())

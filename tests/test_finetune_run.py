@@ -158,23 +158,6 @@ def test_a_killed_process_leaves_what_the_next_start_goes_on_from(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_with_twice_the_batch(base: Path, data: Path, tmp_path: Path) -> None:
-    main(flags(base, data, tmp_path / "one", "--per_device_train_batch_size", "4"))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run(
-        [*launch, str(ROOT / "finetune" / "run.py"), *flags(base, data, tmp_path / "two")],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    one, two = (json.loads((tmp_path / name / METRICS).read_text()) for name in ("one", "two"))
-    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_one_sentence(base: Path, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "finetune" / "run.py"), *flags(base, data, tmp_path, "--max_steps", "100000")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -1,0 +1,50 @@
+"""Trains two steps of two batches in a process of its own: prints the peak of its memory and the estimate, in bytes."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny import tiny_model
+
+from finetune.memory import Batch, Plan, Weights, estimate
+from landmark_llama.tokenization import plain_length
+
+ROWS, POSITIONS, BLOCK = 2, 512, 64
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_use() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main(checkpointing: bool) -> None:
+    torch.set_num_threads(1)
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()  # what torch takes for itself
+    before = in_use()
+    model = tiny_model(
+        hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=8192,
+        block_size=BLOCK, max_position_embeddings=POSITIONS,
+    ).train()  # fmt: skip
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = plain_length(POSITIONS, BLOCK)
+    for _ in range(2):
+        for _ in range(2):  # gradients are there while the second batch's activations are
+            ids = torch.randint(8, 8192, (ROWS, tokens))
+            model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    plan = Plan(compute_bytes=4, residual_bytes=4, checkpointing=checkpointing)
+    size = estimate(model.config, Weights.of(model), Batch(ROWS, POSITIONS, tokens), plan)
+    print(peak() - before, size.total)
+
+
+if __name__ == "__main__":
+    main(checkpointing=sys.argv[1] == "checkpointing")
