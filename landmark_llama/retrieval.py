@@ -21,6 +21,8 @@ from landmark_llama.attention.rotary import RotaryTable
 SCORES_AT_ONCE = (
     1 << 21
 )  # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
+# scores whose exponentials, and the shares made of them, stay far from the largest and the smallest number of fp32
+SMALL_SCORE = 30.0
 
 
 class Choice(NamedTuple):
@@ -89,6 +91,9 @@ def choose_blocks(
     """
     k = rotated.shape[-2] - 1
     landmarks = landmarks.to(rotated.dtype)
+    small = False
+    if granularity != "token_and_head" and not landmarks_tie:
+        small = bool(rotated[..., 0, :].norm(dim=-1).amax() * landmarks.norm(dim=-1).amax() < SMALL_SCORE)
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
@@ -98,7 +103,9 @@ def choose_blocks(
         part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
         shown = landmarks[:, :, : max(ends[part])]  # later ones are nobody's candidates
         parts.append(
-            _choose(rotated[:, :, :, part], shown, candidates[:, part], valid[:, part], granularity, landmarks_tie)
+            _choose(
+                rotated[:, :, :, part], shown, candidates[:, part], valid[:, part], granularity, landmarks_tie, small
+            )
         )
         first = part.stop
     block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
@@ -106,24 +113,37 @@ def choose_blocks(
 
 
 def _choose(
-    rotated: Tensor, landmarks: Tensor, candidates: Tensor, valid: Tensor, granularity: str, tie: bool
+    rotated: Tensor,
+    landmarks: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    granularity: str,
+    tie: bool,
+    small: bool,
 ) -> Tensor:
-    """The blocks of `Choice` for some groups."""
+    """The blocks of `Choice` for some groups. `small`: no score exceeds `SMALL_SCORE`, either way."""
     k = rotated.shape[-2] - 1
     n = candidates[:, None, None, :, None, None]
     scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)
     if granularity != "token_and_head":
-        # where all landmarks tie, each of the older columns stands for some of the n - k older candidates
-        weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
-        if tie:
-            scores[..., :k] += weight
-        scores = scores.log_softmax(-1)
-        if tie:
-            scores[..., :k] -= weight
+        if small:
+            # shares order the candidates as their logarithms do, and are made in fewer passes; 0 is no candidate's
+            scores.exp_()
+            scores.mul_(scores.sum(-1, keepdim=True).reciprocal_())
+            nothing = 0.0
+        else:
+            # where all landmarks tie, each of the older columns stands for some of the n - k older candidates
+            weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
+            if tie:
+                scores[..., :k] += weight
+            scores = scores.log_softmax(-1)
+            if tie:
+                scores[..., :k] -= weight
+            nothing = -torch.inf
         if granularity == "head" and not valid.all():
-            scores.masked_fill_(~valid[:, None, None, ..., None], -torch.inf)
+            scores.masked_fill_(~valid[:, None, None, ..., None], nothing)
         scores = scores.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
-        scores.masked_fill_(n == 0, -torch.inf)
+        scores.masked_fill_((scores == nothing) | (n == 0), -torch.inf)
     value, column = top_latest(scores, k)
     return (column + block_of_first).masked_fill(value == -torch.inf, -1).sort(-1).values
 

@@ -8,7 +8,7 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 
 from landmark_llama import landmark_attention
-from landmark_llama.attention import landmark_attention_reference
+from landmark_llama.attention import blockwise, landmark_attention_reference
 from landmark_llama.attention.reference import landmark_attention_weights
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -179,6 +179,18 @@ def test_the_fast_form_is_the_definition_forward_and_backward(shape: tuple[int, 
     actual = forward_and_gradients(landmark_attention, inputs, grad, shape[4])
     expected = forward_and_gradients(landmark_attention_reference, inputs, grad, shape[4])
     for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@every_shape
+def test_large_scores_are_taken_over_the_peak_of_their_block(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = random_inputs(shape)
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64)
+    small = forward_and_gradients(landmark_attention, inputs, grad, shape[4])
+    monkeypatch.setattr(blockwise, "SMALL_SCORE", 0.0)
+    for a, e in zip(forward_and_gradients(landmark_attention, inputs, grad, shape[4]), small, strict=True):
         torch.testing.assert_close(a, e)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from landmark_llama import retrieval
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.retrieval import Choice, choose_blocks, rotate_to_distances, top_latest
 
@@ -87,6 +88,18 @@ def test_selection_equals_brute_force(n: list[int], k: int, granularity: str) ->
         assert blocks == sorted(set(blocks)) and all(0 <= block < n[groups] for block in blocks)
         # on near-ties the worth of what was chosen counts, not its number
         torch.testing.assert_close(worth[blocks].sort().values, worth.sort().values[len(worth) - available :])
+
+
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_large_scores_are_compared_by_their_logarithms(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case([0, 11, 40])
+    small = choose(*case, 3, granularity)
+    monkeypatch.setattr(retrieval, "SMALL_SCORE", 0.0)
+    assert torch.equal(choose(*case, 3, granularity).block, small.block)
+    query, landmarks, *rest = case
+    far = choose(query.float() * 100, landmarks.float(), *rest, 3, granularity)  # exponentials overflow
+    exact = choose(query * 100, landmarks, *rest, 3, granularity)
+    assert torch.equal(far.block, exact.block)
 
 
 def test_the_queries_of_a_shared_choice_are_given_the_same_blocks() -> None:

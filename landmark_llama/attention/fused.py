@@ -68,13 +68,19 @@ def fused_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_si
 
 def unsupported(query: Tensor) -> str | None:
     """Why the kernels cannot take a query, if they cannot."""
-    if not query.is_cuda and not triton.knobs.runtime.interpret:
+    if not query.is_cuda and not _interpreted():
         return f"query is on {query.device}: the Triton kernels run on CUDA devices"
     if query.dtype not in DTYPES:
         return f"query is {query.dtype}: the Triton kernels support float16, bfloat16 and float32"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"query has head_dim {query.shape[-1]}: the Triton kernels support at most {MAX_HEAD_DIM}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on tensors of any device."""
+    return triton.knobs.runtime.interpret
 
 
 @torch.library.custom_op("landmark_llama::attention_forward", mutates_args=())
