@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from test_finetune_run import ROOT, base, data, flags  # noqa: F401
 from transformers import AutoModelForCausalLM
 from transformers.trainer import TRAINER_STATE_NAME
 
+from finetune import distributed
+from finetune.arguments import UserError
 from finetune.corpus import write_corpus
 from finetune.output import METRICS, checkpoints
 from finetune.run import main
@@ -126,6 +128,17 @@ def test_every_accelerate_configuration_is_one_that_accelerate_knows(name: str, 
     configuration = load_config_from_file(str(ACCELERATE / name))
     assert configuration.distributed_type == kind and configuration.mixed_precision == "bf16"
     assert len(list(ACCELERATE.glob("*.yaml"))) == 4
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_fsdp_that_could_not_save_the_model_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind, cpu_ram_efficient_loading=False)
+    monkeypatch.setattr(distributed, "fsdp_settings", lambda run: plugin)
+    if kind == "FULL_STATE_DICT":
+        distributed.check_distribution(None)
+    else:
+        with pytest.raises(UserError, match="fsdp_state_dict_type SHARDED_STATE_DICT: .* FULL_STATE_DICT alone"):
+            distributed.check_distribution(None)
 
 
 def test_fsdp_wraps_the_layer_that_there_is() -> None:

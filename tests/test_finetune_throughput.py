@@ -53,7 +53,9 @@ def test_the_flops_of_the_matrices_are_what_torch_counts() -> None:
         model(ids, labels=ids).loss.backward()
     full = Counts(20, 20, 2 * 100)  # eager attention computes what the causal mask throws away
     assert ModelFlops.of(model)(full) == pytest.approx(counter.get_total_flops(), rel=0.06)
-    assert ModelFlops.of(model)(full) >= counter.get_total_flops()  # which has no gradient of the first layer's input
+    angles = 2 * 4 * 10  # of half a head, at each position: older transformers make them by a matrix product
+    # torch counts no gradient of the first layer's input
+    assert ModelFlops.of(model)(full) + angles >= counter.get_total_flops()
 
 
 def test_six_flops_a_weight_and_token_without_attention() -> None:
