@@ -91,6 +91,8 @@ def choose_blocks(
     """
     k = rotated.shape[-2] - 1
     landmarks = landmarks.to(rotated.dtype)
+    if granularity == "head" and rotated.shape[4] == 1:
+        granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     small = False
     if granularity != "token_and_head" and not landmarks_tie:
         small = bool(rotated[..., 0, :].norm(dim=-1).amax() * landmarks.norm(dim=-1).amax() < SMALL_SCORE)
