@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator, set_seed
+from transformers import PreTrainedModel, TrainerState, default_data_collator, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
@@ -33,6 +33,7 @@ from finetune.arguments import (
     parse_arguments,
 )
 from finetune.data import Rows, embedded_files, make_rows
+from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
@@ -40,13 +41,14 @@ from finetune.output import (
     METRICS,
     CompleteCheckpoints,
     disk_full_message,
-    is_disk_full,
     prepare_output,
+    record_run,
     save_finished_model,
-    write_json,
 )
-from finetune.progress import ProgressLines, StopAtBrokenLoss
+from finetune.progress import ProgressLines
+from finetune.resume import run_contents, run_settings, weights_fingerprint
 from finetune.throughput import Throughput, device_peak
+from finetune.trainer import LandmarkTrainer
 
 EXIT_INTERRUPTED = 130
 
@@ -55,6 +57,8 @@ def main(argv: list[str]) -> None:
     model_args, data_args, run_args, adapter_args = parse_arguments(argv)
     try:
         finetune(model_args, data_args, run_args, adapter_args)
+    except UserError:
+        raise
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -72,15 +76,20 @@ def finetune(
     _set_up_process(run_args)
     check_distribution(run_args)
     with run_args.main_process_first(desc="preparing the data"):
-        resume_from = prepare_output(model_args, data_args, run_args, adapter_args)
+        settings = run_settings(model_args, data_args, run_args, adapter_args)
+        sources = [name for name in (model_args.model_name_or_path, model_args.tokenizer_name) if name]
+        resume_from = prepare_output(settings, run_args, sources)
         embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None
         tokenizer = load_tokenizer(model_args, data_args, embedded)
         with whole_weights(run_args):
             model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
+        # Process 0 alone compares, and with FSDP holds the weights alone.
+        weights = weights_fingerprint(model) if run_args.process_index == 0 else ""
         if adapter_args.lora_rank:
             model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
         block_size, landmark_token_id = model_args.block_size_of(model.config)
         rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed)
+        record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
     if run_args.process_index == 0:
         trained = model.num_parameters(only_trainable=True)
         print(f"{rows.describe()}; {model.num_parameters():,} parameters, {trained:,} of them trained")
@@ -92,6 +101,7 @@ def finetune(
     trainer = _make_trainer(model, tokenizer, rows, run_args, throughput)
     if not _had_finished_training(trainer, resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
+        _check_trained_to_the_end(trainer)
     evaluation = trainer.evaluate()
     model.config.use_cache = True  # the Trainer turns it off, and whoever loads the model wants to generate with it
     save_finished_model(trainer, Path(run_args.output_dir))
@@ -104,16 +114,16 @@ def finetune(
 
 def _make_trainer(
     model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunArguments, throughput: Throughput
-) -> Trainer:
+) -> LandmarkTrainer:
     keep, run_args.save_total_limit = run_args.save_total_limit, None
-    trainer = Trainer(
+    trainer = LandmarkTrainer(
         model=model,
         args=run_args,
         train_dataset=rows.train,
         eval_dataset=rows.heldout,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[CompleteCheckpoints(keep), StopAtBrokenLoss()],
+        callbacks=[CompleteCheckpoints(keep)],
     )
     trainer.callback_handler.callbacks.insert(0, throughput)  # what it adds to the log, trackers and lines are to have
     if run_args.disable_tqdm:
@@ -122,7 +132,16 @@ def _make_trainer(
     return trainer
 
 
-def _had_finished_training(trainer: Trainer, checkpoint: str | None) -> bool:
+def _check_trained_to_the_end(trainer: LandmarkTrainer) -> None:
+    """A stream ends when nothing is left of a subset's files, and the Trainer then ends as if all were well."""
+    if trainer.state.global_step < trainer.args.max_steps:
+        raise UserError(
+            f"the data ended at step {trainer.state.global_step} of {trainer.args.max_steps}: no row is left to read; "
+            "put the files back and start the same command again"
+        )
+
+
+def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> bool:
     """Whether `checkpoint` is the one after the last step, in which case it is loaded: the Trainer would add a step."""
     if checkpoint is None:
         return False
@@ -137,7 +156,7 @@ def _had_finished_training(trainer: Trainer, checkpoint: str | None) -> bool:
     return finished
 
 
-def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:
+def _metrics(trainer: LandmarkTrainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "train_loss": losses[-1] if losses else None,
@@ -149,7 +168,9 @@ def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedMo
         "eval_rows": len(rows.heldout),
         "ordinary_tokens_per_row": rows.row_tokens,
         "data_fingerprint": rows.fingerprint,
-        "bad_rows_skipped": rows.bad_rows,
+        # a stream's are counted by the process that reads it: by none of these where workers do
+        "bad_rows_skipped": None if rows.train_rows is None and trainer.args.dataloader_num_workers else rows.bad_rows,
+        "steps_skipped": trainer.skipped_steps,
         "parameters": model.num_parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),
         "torch": torch.__version__,

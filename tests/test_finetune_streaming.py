@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -142,13 +144,29 @@ def test_a_damaged_row_or_vanished_file_stops_a_stream_unless_it_may_be_skipped(
     with pytest.raises(UserError, match=r"1.jsonl, line 31: not JSON; --skip_bad_rows"):
         first(stream_of(tmp_path, tokenizer), 100)
     rows = stream_of(tmp_path, tokenizer, skip_bad_rows=True)
-    caplog.clear()
-    assert len(first(rows, 70)) == 70
-    assert {record.getMessage() for record in caplog.records} == {f"skipped: {path}, line 31: not JSON"}
+    assert len(first(rows, 200)) == 200  # each file several times
+    assert [record.getMessage() for record in caplog.records] == [f"skipped: {path}, line 31: not JSON"]
+    assert rows.bad_rows == 1
     path.unlink()
-    caplog.clear()
     first(rows, 70)
-    assert f"skipped: {path}: the file was there and is gone" in [record.getMessage() for record in caplog.records]
+    assert caplog.records[-1].getMessage() == f"skipped: {path}: the file was there and is gone"
+    assert rows.bad_rows == 2
+
+
+def test_a_compressed_file_that_breaks_off_stops_a_stream_unless_it_may_be_skipped(
+    tmp_path: Path, tokenizer, small_shards
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    write_numbered(tmp_path, files=1)
+    path = tmp_path / "broken.jsonl.zst"
+    content = b"".join(json.dumps({"text": os.urandom(400).hex()}).encode() + b"\n" for _ in range(300))
+    path.write_bytes(zstandard.compress(content)[:90_000])
+    problem = rf"{path}: cannot be read \(after line \d+"
+    with pytest.raises(UserError, match=problem):
+        first(stream_of(tmp_path, tokenizer), 4000)
+    rows = stream_of(tmp_path, tokenizer, skip_bad_rows=True)
+    assert len(first(rows, 4000)) == 4000
+    assert rows.bad_rows == 1 and re.match(problem, *rows.problems)
 
 
 def test_streams_that_fill_no_row_are_refused_at_once(tmp_path: Path, tokenizer) -> None:
