@@ -120,8 +120,9 @@ def _without_free(settings: dict) -> dict:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each file, by its path in the checkpoint."""
-    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+    """Bytes of each file but `complete.json`, by its path in the checkpoint."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / COMPLETE]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
 
 
 def refuse_damage(checkpoint: Path) -> None:

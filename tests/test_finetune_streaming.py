@@ -236,6 +236,36 @@ def test_a_stream_without_max_steps_is_refused(base: Path, data: Path, tmp_path:
         main(flags(base, data, tmp_path, "--max_steps", "-1"))
 
 
+@pytest.mark.parametrize("left", [3, 0])
+@pytest.mark.parametrize("skip", ["false", "true"])
+def test_files_that_vanish_while_a_run_streams_them_end_it_or_are_counted(
+    left: int, skip: str, base: Path, tmp_path: Path, small_shards, monkeypatch
+) -> None:
+    write_numbered(tmp_path / "data")
+    step = Trainer.training_step
+
+    def step_and_delete(self, *args, **settings):
+        for file in sorted((tmp_path / "data").iterdir())[left:]:
+            file.unlink()
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(Trainer, "training_step", step_and_delete)
+    arguments = flags(base, tmp_path / "data", tmp_path / "run")
+    del arguments[arguments.index("--mixture") :]  # one subset of all files
+    arguments += ["--skip_bad_rows", skip, "--max_steps", "40", "--save_steps", "100"]
+    arguments += ["--per_device_train_batch_size", "8"]
+    if skip == "false":
+        with pytest.raises(UserError, match=r"data/\d.jsonl: the file was there and is gone; --skip_bad_rows"):
+            main(arguments)
+    elif left == 0:
+        with pytest.raises(UserError, match=r"the data ended at step \d+ of 40: no row is left to read; put the files"):
+            main(arguments)
+    else:
+        main(arguments)
+        metrics = json.loads((tmp_path / "run" / METRICS).read_text())
+        assert metrics["steps"] == 40 and metrics["bad_rows_skipped"] == 1
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_stream_as_one_reads_it_with_twice_the_batch(base, data, tmp_path) -> None:
     main(flags(base, data, tmp_path / "one", "--per_device_train_batch_size", "4"))
