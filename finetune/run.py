@@ -101,7 +101,6 @@ def finetune(
     trainer = _make_trainer(model, tokenizer, rows, run_args, throughput)
     if not _had_finished_training(trainer, resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
-        _check_trained_to_the_end(trainer)
     evaluation = trainer.evaluate()
     model.config.use_cache = True  # the Trainer turns it off, and whoever loads the model wants to generate with it
     save_finished_model(trainer, Path(run_args.output_dir))
@@ -130,15 +129,6 @@ def _make_trainer(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(ProgressLines())
     return trainer
-
-
-def _check_trained_to_the_end(trainer: LandmarkTrainer) -> None:
-    """A stream ends when nothing is left of a subset's files, and the Trainer then ends as if all were well."""
-    if trainer.state.global_step < trainer.args.max_steps:
-        raise UserError(
-            f"the data ended at step {trainer.state.global_step} of {trainer.args.max_steps}: no row is left to read; "
-            "put the files back and start the same command again"
-        )
 
 
 def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -38,6 +39,21 @@ class LandmarkTrainer(Trainer):
     def skipped_steps(self) -> int:
         """Steps of the whole run that were left out."""
         return max((entry[SKIPPED] for entry in self.state.log_history if SKIPPED in entry), default=0)
+
+    def get_batch_samples(self, *args: Any, **settings: Any) -> tuple[list, Any]:
+        """Raises `UserError` where a stream ends, which happens if none of its files is left; a batch may be short."""
+        try:
+            batches, items = super().get_batch_samples(*args, **settings)
+        except ValueError as error:
+            if "Batch does not contain any data" not in str(error):  # accelerate's words
+                raise
+            batches = []
+        if not batches and isinstance(self.train_dataset, IterableDataset):
+            raise UserError(
+                f"--data: no row is left to read at step {self.state.global_step}: put the files back, and the same "
+                "command goes on from the last checkpoint"
+            )
+        return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **settings: Any) -> Tensor:
         if not self._batches:

@@ -258,7 +258,7 @@ def test_files_that_vanish_while_a_run_streams_them_end_it_or_are_counted(
         with pytest.raises(UserError, match=r"data/\d.jsonl: the file was there and is gone; --skip_bad_rows"):
             main(arguments)
     elif left == 0:
-        with pytest.raises(UserError, match=r"the data ended at step \d+ of 40: no row is left to read; put the files"):
+        with pytest.raises(UserError, match=r"--data: no row is left to read at step \d+: put the files back"):
             main(arguments)
     else:
         main(arguments)
