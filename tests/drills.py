@@ -37,17 +37,20 @@ def run(arguments: list[str], printed: Path, harm: Callable[[], None] | None = N
     return process.exitcode, printed.read_text()
 
 
-def kill_at(process: BaseProcess, printed: Path, step: int, delay: float) -> None:
-    """Kills, `delay` seconds after the first line that says that `step` or a later one is done."""
+def kill_at(process: BaseProcess, printed: Path, step: int, delay: float) -> int:
+    """Kills, `delay` seconds after the first line that says that `step` or a later one is done; the last one done."""
+
+    def last_step() -> int:
+        lines = printed.read_text() if printed.exists() else ""
+        return max(map(int, re.findall(r"^step (\d+)/", lines, re.MULTILINE)), default=0)
+
     deadline = time.monotonic() + 60
-    while process.is_alive() and time.monotonic() < deadline:
-        done = re.findall(r"^step (\d+)/", printed.read_text() if printed.exists() else "", re.MULTILINE)
-        if done and int(done[-1]) >= step:
-            time.sleep(delay)
-            break
+    while last_step() < step and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
+    time.sleep(delay)
     process.kill()
     process.join()
+    return last_step()
 
 
 def die_while_writing(file: str) -> None:
