@@ -112,15 +112,15 @@ def join_two_processes(rank: int, port: int, broken_step: int) -> None:
         break_loss(lambda step, _: step == broken_step)
 
 
-def break_loss(when: Callable[[int, dict], bool], factor: float = float("nan")) -> None:
-    """From now on the loss is multiplied by `factor` where `when(step, batch)` says so."""
+def break_loss(when: Callable[[int, dict], bool], amount: float = float("nan")) -> None:
+    """From now on `amount` is added to the loss, whose gradient it leaves alone, where `when(step, batch)` says so."""
     from transformers import Trainer
 
     compute_loss = Trainer.compute_loss
 
     def broken(self: Trainer, model, inputs: dict, *args, **settings):
         loss = compute_loss(self, model, inputs, *args, **settings)
-        return loss * factor if model.training and when(self.state.global_step + 1, inputs) else loss
+        return loss + amount if model.training and when(self.state.global_step + 1, inputs) else loss
 
     Trainer.compute_loss = broken
 

@@ -43,9 +43,9 @@ def same_optimizer(first: Path, second: Path) -> bool:
 
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("amount", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments_and_the_next_ones_do(
-    factor: float,
+    amount: float,
     accumulation: str,
     base: Path,  # noqa: F811
     data: Path,  # noqa: F811
@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments_and_the_n
             batches.append(batch["input_ids"])
         return step == 3 and len(batches) == 1  # the first of the step's batches
 
-    break_loss(at_step_3, factor)
+    break_loss(at_step_3, amount)
     more = ("--max_nan_steps", "1", "--gradient_accumulation_steps", accumulation)
     main(flags(base, data, tmp_path, *EVERY_STEP, *more))
     before, after, later = (tmp_path / f"checkpoint-{step}" for step in (2, 3, 4))
