@@ -170,7 +170,10 @@ def test_a_damaged_file_of_a_checkpoint_is_named(name: str, harm: str, cut: Path
         (checkpoint / COMPLETE).write_text(json.dumps({"step": 4, "files": file_sizes(checkpoint)}))
     if harm == "gone":
         file.unlink()
-    with pytest.raises(UserError, match=f"{file}: is damaged .*; delete {checkpoint}, and the same command goes on"):
+    what = {"shorter": "bytes in place of" if name != COMPLETE else "not JSON", "gone": "missing"}.get(harm, "")
+    with pytest.raises(
+        UserError, match=rf"{file}: is damaged \(.*{what}.*\); delete {checkpoint}, and the same command goes on"
+    ):
         main(flags(cut / "base", cut / "data", copy))
     shutil.rmtree(checkpoint)
     if name == "rng_state.pth" and harm == "gone":
