@@ -57,6 +57,7 @@ def undisturbed(scratch: Path, base: Path, data: Path) -> Callable[..., Path]:  
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kills", "more"), [(10, ()), (4, STREAMED)], ids=["stored", "streamed"])
 def test_a_run_that_is_killed_again_and_again_has_the_losses_of_one_that_was_not(
     kills: int,

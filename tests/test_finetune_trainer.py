@@ -139,6 +139,7 @@ def test_one_step_too_many_ends_the_run_before_anything_is_harmed_and_resuming_c
     assert json.loads((tmp_path / METRICS).read_text())["steps_skipped"] == 2
 
 
+@pytest.mark.slow
 def test_all_processes_leave_out_a_step_that_is_broken_in_one(
     base: Path,  # noqa: F811
     data: Path,  # noqa: F811
