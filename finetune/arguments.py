@@ -96,8 +96,8 @@ class DataArguments:
     segments: int = field(
         default=1,
         metadata={
-            "help": "train through memory: a row is so many segments, one read after the other; each fits context_length "
-            "beside the blocks that it retrieves from earlier ones (docs/training_through_memory.md)"
+            "help": "train through memory: a row is so many segments, one read after the other; each fits "
+            "context_length beside the blocks that it retrieves from earlier ones (docs/training_through_memory.md)"
         },
     )
     skip_bad_rows: bool = field(default=False, metadata={"help": "count rows that cannot be read instead of stopping"})
