@@ -87,11 +87,13 @@ class SegmentTrainer(Trainer):
         if num_items_in_batch is None:
             predicted = (inputs["labels"][:, 1:] != -100).sum()
             num_items_in_batch = predicted.to(self.args.device) * self.current_gradient_accumulation_steps
+        sync_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         cache = LandmarkCache(self.model.config)
         losses = []
         for call in calls:
-            # only the last backward of a batch may average the processes' gradients
-            with nullcontext() if call is calls[-1] else self.accelerator.no_sync(model):
+            # the processes' gradients are averaged once, after the last backward, as for accumulated batches
+            together = sync_each or call is calls[-1]
+            with nullcontext() if together else self.accelerator.no_sync(model):
                 call["past_key_values"] = cache
                 losses.append(super().training_step(model, call, num_items_in_batch))
         return torch.stack(losses).sum()
