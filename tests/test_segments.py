@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, insert_landmarks
 from landmark_llama.attention import landmark_attention_reference
+from landmark_llama.segments import Segment
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -221,6 +222,24 @@ def test_low_precision_is_finite_everywhere(autocast: bool) -> None:
         loss, logits = train_in_segments(model, ids, 15)
     assert loss.isfinite() and logits[-1].dtype == torch.bfloat16
     assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+def test_autocast_does_not_lower_the_precision_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, outputs = Segment.attend, []
+
+    def observe(self: Segment, *inputs: Tensor, **settings: object) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            outputs.append(attend(self, *inputs, **settings))
+        outputs.append(attend(self, *inputs, **settings))  # writes the same to the cache
+        return outputs[-1]
+
+    monkeypatch.setattr(Segment, "attend", observe)
+    model, ids = tiny_model().train(), random_ids(2, 45)
+    with torch.autocast("cpu", torch.bfloat16):
+        train_in_segments(model, ids, 15)
+    assert len(outputs) == 12
+    for without, within in zip(outputs[::2], outputs[1::2], strict=True):
+        assert within.dtype == torch.bfloat16 and torch.equal(without, within)
 
 
 def test_a_segment_retrieves_as_many_blocks_as_training_is_to() -> None:
