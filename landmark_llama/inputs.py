@@ -72,7 +72,7 @@ def check_segment(
         raise ValueError(
             f"row {row} goes on inside a block, at landmarked position {int(layout.start[row])}: in training, each "
             f"call that a cache is given to begins with a block, after a multiple of {config.block_size - 1} tokens "
-            f"(block_size={config.block_size})"
+            f"(block_size={config.block_size}); to read or generate, call model.eval()"
         )
     goes_on = bool(layout.start.any())
     room = settings.num_direct_blocks * config.block_size if goes_on else config.train_context_length

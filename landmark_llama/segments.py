@@ -113,7 +113,8 @@ class Segment(NamedTuple):
             earlier = torch.arange(self.most_candidates, device=query.device).expand(len(query), 1, -1)
 
         def attend(query: Tensor, output: Tensor, lse: Tensor) -> Tensor:
-            rotated = rotary.rotate(query * scale, position).unsqueeze(-2)
+            # in full precision, as in reading
+            rotated = rotary.rotate(query.to(output.dtype) * scale, position).unsqueeze(-2)
             return attend_chosen(rotary.rotate(rotated, distance), *storage.gather(earlier), block, (output, lse))
 
         return _recomputed(attend, query, *window)
