@@ -85,8 +85,9 @@ class DataArguments:
     pack_documents: str = field(
         default="join",
         metadata={
-            "help": "join: documents follow each other in a row; apart: those of a row do not see each other",
-            "choices": ["join", "apart"],
+            "help": "join: documents follow each other in a row; whole: so, but none is cut that a row can hold; "
+            "apart: those of a row do not see each other either",
+            "choices": ["join", "whole", "apart"],
         },
     )
     context_length: int = field(default=512, metadata={"help": "landmarked positions of a row"})
