@@ -29,6 +29,7 @@ from landmark_llama.checkpoint_files import (
     Checkpoint,
     check_output,
     copy_files,
+    local_folder,
     read_json,
     staged,
     write_weights,
@@ -83,8 +84,8 @@ def import_released(
     check_output(output)
     weights = Checkpoint.open(folder)
     fields = _released_fields(weights.folder, legacy)
-    known_id = None if legacy else fields["mem_id"]
-    fast = released_tokenizer(weights.folder if tokenizer is None else Path(tokenizer), known_id, fields["vocab_size"])
+    words = weights.folder if tokenizer is None else local_folder(tokenizer)
+    fast = released_tokenizer(words, None if legacy else fields["mem_id"], fields["vocab_size"])
     config = _landmark_config(fields, fast, num_retrieved_blocks)
     shapes = _checked_shapes(weights, config)
     is_difference = _is_difference(weights, config)

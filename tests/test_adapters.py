@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import edit
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_tokenization import word_tokenizer
@@ -145,10 +146,6 @@ def test_an_adapter_is_loaded_onto_a_base_that_is_loaded_already_or_has_moved(ad
         assert torch.equal(logits(loaded), expected)
         assert loaded.config.num_retrieved_blocks == 1
         assert sum(weight.requires_grad for weight in loaded.parameters()) == 13
-
-
-def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def test_an_adapter_without_its_landmark_row_is_refused(adapter: Path, tmp_path: Path) -> None:
