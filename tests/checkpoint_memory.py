@@ -6,6 +6,7 @@ is a model of 2 GB; FOLDER then holds five such models, and can be deleted. Prin
 """
 
 import argparse
+import ctypes
 import json
 import resource
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from landmark_llama.checkpoint_files import write_weights
 from landmark_llama.import_released import import_released
 from landmark_llama.weight_difference import make, recover
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
 
 def in_use() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -27,7 +30,8 @@ def in_use() -> int:
 
 def peak_of(command: Callable[[], object], before: int) -> int:
     """Bytes that a command takes beyond `before` at most; the kernel counts the peak anew from here (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what an earlier command has left
+    CLEAR_REFS.write_text("5")
     command()
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")) - before
@@ -80,7 +84,7 @@ def peaks(folder: Path, hidden_size: int, layers: int, vocab_size: int, shard: s
         "make": lambda: make(folder / "tuned", folder / "base", folder / "difference", shard),
         "recover": lambda: recover(folder / "difference", folder / "base", folder / "recovered", shard),
     }
-    before = in_use()  # what a command leaves to the next one counts, too
+    before = in_use()
     size = save_random_models(folder, config, shard)
     return {"weights": size, **{name: peak_of(command, before) for name, command in commands.items()}}
 

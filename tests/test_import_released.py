@@ -136,7 +136,7 @@ def test_weights_keep_their_bits_and_rotary_buffers_go(tmp_path: Path) -> None:
 def test_a_landmark_in_the_middle_of_the_vocabulary_is_no_matter(folder: Path) -> None:
     edit(folder / "config.json", mem_id=7)
     (folder / "added_tokens.json").unlink()
-    save_words(folder, {**numbered(3, 22), "<landmark>": 7})
+    save_words(folder, {**numbered(3, 7), "<landmark>": 7, **numbered(8, 22)})
     model = imported(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder.parent / "imported")
     assert model.config.landmark_token_id == tokenizer.convert_tokens_to_ids("<landmark>") == 7
