@@ -2,7 +2,7 @@
 
 The released code saves SentencePiece's `tokenizer.model` and, in `added_tokens.json`, the tokens that its training
 added: `[PAD]`, then `<landmark>`. The tokenizer is written anew as one `tokenizer.json`, because transformers makes a
-`LlamaTokenizer` of such a folder, which splits part of all texts otherwise than the model learnt.
+`LlamaTokenizer` of such a folder, which splits some texts otherwise than the model learnt.
 """
 
 from __future__ import annotations

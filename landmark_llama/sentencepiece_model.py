@@ -2,7 +2,7 @@
 
 A byte-pair model in SentencePiece's format lists pieces with scores, and merges whatever neighbours give the piece of
 the highest score. Tokenizers of the `tokenizers` library list the merges instead: every way of cutting a piece into two
-others, best piece first. (transformers' `LlamaTokenizer` gives other ids for part of all texts, `docs/checkpoints.md`.)
+others, best piece first. (transformers' `LlamaTokenizer` gives other ids for some texts, `docs/checkpoints.md`.)
 """
 
 from __future__ import annotations

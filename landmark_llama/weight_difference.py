@@ -146,7 +146,8 @@ def recover(
     def weight(name: str) -> Tensor:
         record = records[name]
         dtype = getattr(torch, record.dtype)
-        tensor = exclusive_or(stored.read(name), base_files.read(record.base_name).to(dtype)).view(dtype)
+        start = base_files.read(record.base_name).to(dtype)
+        tensor = exclusive_or(stored.read(name), start).view(dtype)
         if sha256(tensor) != record.sha256:
             raise OSError(f"{folder}: {name} was not recovered exactly; was a file changed meanwhile?")
         return tensor
@@ -191,6 +192,11 @@ def _write_manifest(folder: Path, records: dict[str, Record]) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Record]:
     """The records of the tensors, once the manifest and the files beside the weights are known to be whole."""
+    if not (folder / MANIFEST).is_file():
+        raise OSError(
+            f"{folder}: holds no {MANIFEST}, so it is no weight difference; one that the paper's first code made is "
+            "recovered by python -m landmark_llama.import_released --base BASE --legacy"
+        )
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: format {manifest.get('format')!r}; this version reads format {FORMAT}")

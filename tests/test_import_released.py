@@ -167,6 +167,13 @@ def test_the_first_code_left_a_plain_configuration(folder: Path) -> None:
     assert (config.landmark_token_id, config.block_size, config.predict_from_landmark) == (21, 51, True)
 
 
+def test_the_first_codes_difference_is_recovered_with_its_base(difference: Path, tmp_path: Path) -> None:
+    edit(difference / "config.json", model_type="llama", mem_id=None, mem_freq=None, train_context_length=None)
+    message = refusal(weight_difference.main, "recover", difference, tmp_path / "base", tmp_path / "out")
+    assert "import_released --base BASE --legacy" in message
+    assert imported(difference, "--legacy", "--base", tmp_path / "base").config.landmark_token_id == 21
+
+
 def sentencepiece_model(pieces: list[tuple[str, float, int]], model_type: int = 2) -> bytes:
     """A tokenizer.model as SentencePiece writes it."""
 
