@@ -59,6 +59,10 @@ class Record:
     base_sha256: str
     difference_sha256: str
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
 
 def make(
     tuned: str | os.PathLike[str],
@@ -145,14 +149,13 @@ def recover(
 
     def weight(name: str) -> Tensor:
         record = records[name]
-        dtype = getattr(torch, record.dtype)
-        start = base_files.read(record.base_name).to(dtype)
-        tensor = exclusive_or(stored.read(name), start).view(dtype)
+        start = base_files.read(record.base_name).to(record.torch_dtype)
+        tensor = exclusive_or(stored.read(name), start).view(record.torch_dtype)
         if sha256(tensor) != record.sha256:
             raise OSError(f"{folder}: {name} was not recovered exactly; was a file changed meanwhile?")
         return tensor
 
-    planned = {name: stored.shapes[name].view(getattr(torch, record.dtype)) for name, record in records.items()}
+    planned = {name: stored.shapes[name].view(record.torch_dtype) for name, record in records.items()}
     with staged(output) as staging:
         write_weights(staging, planned, weight, max_shard_size)
         copy_files(folder, staging, OTHER_FILES)
@@ -230,7 +233,7 @@ def _check_base(base: Checkpoint, records: dict[str, Record]) -> None:
         if found is None or list(found.shape) != record.base_shape:
             what = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(record.base_shape)}"
             raise ValueError(f"{base.folder}: not the base of this difference: {record.base_name} is {what}")
-        if sha256(base.read(record.base_name).to(getattr(torch, record.dtype))) != record.base_sha256:
+        if sha256(base.read(record.base_name).to(record.torch_dtype)) != record.base_sha256:
             raise ValueError(
                 f"{base.folder}: not the base of this difference: {record.base_name} is the first tensor that differs "
                 f"(SHA-256, as {record.dtype})"

@@ -231,6 +231,8 @@ def test_no_pickle_is_run(folder: Path) -> None:
     assert "a pickle of more than tensors, which could run code and is not loaded" in message
     torch.save({"model.norm.weight": [1]}, folder / "pytorch_model.bin")
     assert "holds more than tensors" in refusal(import_released.main, folder, folder.parent / "out")
+    torch.save({}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert "PyTorch's format of before 1.6" in refusal(import_released.main, folder, folder.parent / "out")
     assert names(folder.parent) == ["released"]
 
 
