@@ -88,8 +88,9 @@ class DataArguments:
     pack_documents: str = field(
         default="join",
         metadata={
-            "help": "join: documents follow each other in a row; apart: those of a row do not see each other",
-            "choices": ["join", "apart"],
+            "help": "join: documents follow each other in a row; whole: so, but none is cut that a row can hold; "
+            "apart: those of a row do not see each other either",
+            "choices": ["join", "whole", "apart"],
         },
     )
     context_length: int = field(default=512, metadata={"help": "landmarked positions of a row"})
@@ -259,7 +260,9 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
     if data.segments > 1 and model.attention == "dense":
         raise UserError(f"--segments {data.segments} needs --attention landmark: a dense LLaMA retrieves nothing")
     if data.segments > 1 and data.pack_documents == "apart":
-        raise UserError(f"--segments {data.segments} needs --pack_documents join: a cache holds one document a row")
+        raise UserError(
+            f"--segments {data.segments} needs --pack_documents join or whole: a cache holds one document a row"
+        )
     if data.streaming and run.max_steps <= 0:
         raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
     if data.shuffle_buffer < 1:

@@ -39,10 +39,10 @@ class PackedRows(torch.utils.data.Dataset):
         self.packing = packing
         self.ends = np.cumsum(tokenised.with_format("numpy")["length"][:])
         self.tokens = int(self.ends[-1]) if len(self.ends) else 0
-        if packing.documents == "apart":
-            self._plan()
-        else:
+        if packing.documents == "join":
             self.rows = self.tokens // packing.row_tokens
+        else:
+            self._plan()
 
     def _plan(self) -> None:
         """Notes, for each row, the places of its pieces among all tokens."""
@@ -61,10 +61,10 @@ class PackedRows(torch.utils.data.Dataset):
         """What `Packing.row` returns."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of {self.rows}")
-        if self.packing.documents == "apart":
-            places = self.pieces[self.last_piece[row] : self.last_piece[row + 1]].tolist()
-        else:
+        if self.packing.documents == "join":
             places = [(row * self.packing.row_tokens, (row + 1) * self.packing.row_tokens)]
+        else:
+            places = self.pieces[self.last_piece[row] : self.last_piece[row + 1]].tolist()
         return self.packing.row([self._tokens(start, stop) for start, stop in places])
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
@@ -101,7 +101,7 @@ class Rows:
     def describe(self) -> str:
         skipped = f", {self.bad_rows} bad rows skipped" if self.bad_rows else ""
         train = "streamed" if self.train_rows is None else self.train_rows
-        at_most = "at most " if self.packing.documents == "apart" else ""
+        at_most = "" if self.packing.documents == "join" else "at most "
         return (
             f"{train} training and {len(self.heldout)} held-out rows of {at_most}{self.row_tokens} ordinary "
             f"tokens ({self.packing.context_length} positions){skipped}; data {self.fingerprint[:12]}"
