@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.arguments import DataArguments, RunArguments, UserError
 from finetune.corpus import corpus_files, write_corpus
 from finetune.packing import Packing
+from finetune.segments import Segments
 from finetune.sources import Subset, find_subsets, fingerprint
 from finetune.streaming import heldout_rows, training_stream
 from finetune.tokens import tokenised_subset, tokens_fingerprint
@@ -131,6 +132,7 @@ def make_rows(
     landmark_token_id: int | None,
     embedded: tuple[Path, Path] | None,
     seed: int,
+    segments: Segments | None = None,
 ) -> Rows:
     """Reads, tokenises, mixes and packs the data.
 
@@ -140,17 +142,21 @@ def make_rows(
         block_size, landmark_token_id: where landmarks go; `landmark_token_id=None` for a dense model.
         embedded: training and held-out file of the embedded corpus, if that is the data.
         seed: of the held-out split, which is by document, of the mixture and of a stream's order.
+        segments: that a row is made of, in place of `context_length` positions; its rows are plain.
 
     Raises:
         UserError: the data cannot be read or fills no row, or no row can have `context_length` positions.
     """
-    if data.context_length % block_size == block_size - 1:
+    if segments is not None:
+        packing = Packing(segments.number * segments.positions, block_size, None, data.pack_documents)
+    elif data.context_length % block_size == block_size - 1:
         # The last token of a block always brings its landmark along.
         raise UserError(
             f"--context_length {data.context_length}: no text takes that many positions in blocks of {block_size}; "
             f"give {data.context_length - 1} or {data.context_length + 1}"
         )
-    packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
+    else:
+        packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
     if embedded:
         train, heldout = (find_subsets([str(file)], []) for file in embedded)
     else:

@@ -34,7 +34,8 @@ class Packing:
     Args:
         context_length: landmarked positions of a row.
         block_size: positions of a block, its landmark included.
-        landmark_token_id: None for a dense model, whose joined rows are a landmark model's without their landmarks.
+        landmark_token_id: None for a dense model, whose joined rows are a landmark model's without their landmarks, and
+            for rows of several segments.
         documents: `join`, `whole` or `apart`.
     """
 
