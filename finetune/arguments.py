@@ -50,7 +50,10 @@ class ModelArguments:
     retrieval_granularity: str | None = field(default=None, metadata={"help": "token_and_head, head or token"})
     train_retrieved_blocks: int | None = field(
         default=None,
-        metadata={"help": "in training, too, a token sees only so many of its best earlier blocks (default: all)"},
+        metadata={
+            "help": "in training, too, a token sees only so many of its best earlier blocks (default: all; of earlier "
+            "segments num_retrieved_blocks)"
+        },
     )
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
@@ -85,11 +88,19 @@ class DataArguments:
     pack_documents: str = field(
         default="join",
         metadata={
-            "help": "join: documents follow each other in a row; apart: those of a row do not see each other",
-            "choices": ["join", "apart"],
+            "help": "join: documents follow each other in a row; whole: so, but none is cut that a row can hold; "
+            "apart: those of a row do not see each other either",
+            "choices": ["join", "whole", "apart"],
         },
     )
     context_length: int = field(default=512, metadata={"help": "landmarked positions of a row"})
+    segments: int = field(
+        default=1,
+        metadata={
+            "help": "train through memory: a row is so many segments, one read after the other; each fits "
+            "context_length beside the blocks that it retrieves from earlier ones (docs/training_through_memory.md)"
+        },
+    )
     skip_bad_rows: bool = field(default=False, metadata={"help": "count rows that cannot be read instead of stopping"})
     heldout_share: float = field(default=0.02, metadata={"help": "share of the documents kept for evaluation"})
     max_heldout_rows: int = field(default=500, metadata={"help": "evaluate on at most this many rows"})
@@ -248,6 +259,14 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError(f"--context_length {data.context_length}: a row must hold two blocks or more")
     if data.pack_documents == "apart" and model.attention == "dense":
         raise UserError("--pack_documents apart needs --attention landmark: a dense LLaMA would see across documents")
+    if data.segments < 1:
+        raise UserError(f"--segments {data.segments}: a row has at least one (>= 1)")
+    if data.segments > 1 and model.attention == "dense":
+        raise UserError(f"--segments {data.segments} needs --attention landmark: a dense LLaMA retrieves nothing")
+    if data.segments > 1 and data.pack_documents == "apart":
+        raise UserError(
+            f"--segments {data.segments} needs --pack_documents join or whole: a cache holds one document a row"
+        )
     if data.streaming and run.max_steps <= 0:
         raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
     if run.max_nan_steps < 0:

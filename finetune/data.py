@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.arguments import DataArguments, RunArguments, UserError
 from finetune.corpus import corpus_files, write_corpus
 from finetune.packing import Packing
+from finetune.segments import Segments
 from finetune.sources import Subset, describe_files, find_subsets, fingerprint, stamped_by_content
 from finetune.streaming import heldout_rows, training_stream
 from finetune.tokens import tokenised_subset, tokens_fingerprint
@@ -38,10 +39,10 @@ class PackedRows(torch.utils.data.Dataset):
         self.packing = packing
         self.ends = np.cumsum(tokenised.with_format("numpy")["length"][:])
         self.tokens = int(self.ends[-1]) if len(self.ends) else 0
-        if packing.documents == "apart":
-            self._plan()
-        else:
+        if packing.documents == "join":
             self.rows = self.tokens // packing.row_tokens
+        else:
+            self._plan()
 
     def _plan(self) -> None:
         """Notes, for each row, the places of its pieces among all tokens."""
@@ -60,10 +61,10 @@ class PackedRows(torch.utils.data.Dataset):
         """What `Packing.row` returns."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of {self.rows}")
-        if self.packing.documents == "apart":
-            places = self.pieces[self.last_piece[row] : self.last_piece[row + 1]].tolist()
-        else:
+        if self.packing.documents == "join":
             places = [(row * self.packing.row_tokens, (row + 1) * self.packing.row_tokens)]
+        else:
+            places = self.pieces[self.last_piece[row] : self.last_piece[row + 1]].tolist()
         return self.packing.row([self._tokens(start, stop) for start, stop in places])
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
@@ -106,7 +107,7 @@ class Rows:
     def describe(self) -> str:
         skipped = f", {self.bad_rows} bad rows skipped" if self.bad_rows else ""
         train = "streamed" if self.train_rows is None else self.train_rows
-        at_most = "at most " if self.packing.documents == "apart" else ""
+        at_most = "" if self.packing.documents == "join" else "at most "
         return (
             f"{train} training and {len(self.heldout)} held-out rows of {at_most}{self.row_tokens} ordinary "
             f"tokens ({self.packing.context_length} positions){skipped}; data {self.fingerprint[:12]}"
@@ -137,6 +138,7 @@ def make_rows(
     landmark_token_id: int | None,
     embedded: tuple[Path, Path] | None,
     seed: int,
+    segments: Segments | None = None,
 ) -> Rows:
     """Reads, tokenises, mixes and packs the data.
 
@@ -146,17 +148,21 @@ def make_rows(
         block_size, landmark_token_id: where landmarks go; `landmark_token_id=None` for a dense model.
         embedded: training and held-out file of the embedded corpus, if that is the data.
         seed: of the held-out split, which is by document, of the mixture and of a stream's order.
+        segments: that a row is made of, in place of `context_length` positions; its rows are plain.
 
     Raises:
         UserError: the data cannot be read or fills no row, or no row can have `context_length` positions.
     """
-    if data.context_length % block_size == block_size - 1:
+    if segments is not None:
+        packing = Packing(segments.number * segments.positions, block_size, None, data.pack_documents)
+    elif data.context_length % block_size == block_size - 1:
         # The last token of a block always brings its landmark along.
         raise UserError(
             f"--context_length {data.context_length}: no text takes that many positions in blocks of {block_size}; "
             f"give {data.context_length - 1} or {data.context_length + 1}"
         )
-    packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
+    else:
+        packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
     if embedded:
         train, heldout = (find_subsets([str(file)], []) for file in embedded)
     else:

@@ -23,8 +23,12 @@ def is_zero3(run: RunArguments) -> bool:
     return run.deepspeed_plugin is not None and run.deepspeed_plugin.zero_stage == 3
 
 
-def check_distribution(run: RunArguments) -> None:
-    """Raises `UserError` for what would fail only when the trained model is saved."""
+def check_distribution(run: RunArguments, segments: int = 1) -> None:
+    """Raises `UserError` for what would fail only when the trained model is saved, or in the first step."""
+    if segments > 1 and run.deepspeed_plugin is not None:
+        raise UserError(f"--segments {segments}: DeepSpeed has one backward a batch; use DDP")
+    if segments > 1 and run.n_gpu > 1:
+        raise UserError(f"--segments {segments}: needs a process for each GPU; start it with accelerate launch")
     fsdp = fsdp_settings(run)
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise UserError(

@@ -1,26 +1,29 @@
-"""Documents' tokens to training rows of one length, documents joined or kept apart.
+"""Documents' tokens to training rows of one length: documents joined, kept whole, or kept apart.
 
 Shapes: a document is a sequence of token ids that ends with end-of-sequence; a piece is part of one document; a row is
 made of pieces. Everything here works on one piece of text after the other and holds a few rows at most, so that it
 serves a corpus on disk and a stream alike.
 
 - `join`: documents follow each other as in one long text. Rows have their landmarks, `input_ids` and `labels`.
+- `whole`: the same, but no document is cut that a row can hold, so that whatever a text asks for stands in its row.
 - `apart`: a row's documents do not see each other. The row is plain (the model sets the landmarks of each document),
   and its `position_ids` start at 0 with each document.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from landmark_llama.tokenization import insert_landmarks, landmarked_length, plain_length
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
-OPEN_ROWS = 64  # rows that `apart` fills at the same time: what a document too long for one may find room in
+OPEN_ROWS = 64  # rows that are filled at the same time: what is left of a document too long for one finds room there
 Piece = TypeVar("Piece", bound=Sequence[int])
 
 
@@ -31,8 +34,9 @@ class Packing:
     Args:
         context_length: landmarked positions of a row.
         block_size: positions of a block, its landmark included.
-        landmark_token_id: None for a dense model, whose joined rows are a landmark model's without their landmarks.
-        documents: `join` or `apart`.
+        landmark_token_id: None for a dense model, whose joined rows are a landmark model's without their landmarks, and
+            for rows of several segments.
+        documents: `join`, `whole` or `apart`.
     """
 
     context_length: int
@@ -52,20 +56,27 @@ class Packing:
         """
         if self.documents == "join":
             return pack_joined(documents, self.row_tokens)
-        return pack_apart(documents, self.context_length, self.block_size)
+        if self.documents == "whole":
+            return pack_whole(documents, self.row_tokens, self.row_tokens, len)
+        positions = partial(_landmarked_length_of, block_size=self.block_size)
+        return pack_whole(documents, self.row_tokens, self.context_length, positions)
 
     def row(self, pieces: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         """The tensors of a row, each of shape (context_length,); a dense row is shorter by its landmarks."""
-        if self.documents == "join":
-            return self._joined_row(torch.from_numpy(np.concatenate(pieces).astype(np.int64)))
-        return self._apart_row(pieces)
+        if self.documents == "apart":
+            return self._apart_row(pieces)
+        return self._joined_row(torch.from_numpy(np.concatenate(pieces).astype(np.int64)))
 
     def _joined_row(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.landmark_token_id is None:
-            return {"input_ids": tokens, "labels": tokens.clone()}
-        landmarked = insert_landmarks(tokens, self.block_size, self.landmark_token_id)
-        labels = landmarked.masked_fill(landmarked == self.landmark_token_id, IGNORED_LABEL)
-        return {"input_ids": landmarked, "labels": labels}
+        length = len(tokens)
+        ids = pad(tokens, (0, self.row_tokens - length))  # behind the text, where nothing that counts can see it
+        labels = ids.clone()
+        if self.landmark_token_id is not None:
+            length = landmarked_length(length, self.block_size)
+            ids = insert_landmarks(ids, self.block_size, self.landmark_token_id)
+            labels = ids.masked_fill(ids == self.landmark_token_id, IGNORED_LABEL)
+        labels[length:] = IGNORED_LABEL
+        return {"input_ids": ids, "labels": labels}
 
     def _apart_row(self, pieces: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         row = {name: torch.zeros(self.context_length, dtype=torch.long) for name in _APART_COLUMNS}
@@ -99,15 +110,20 @@ def pack_joined(documents: Iterable[Piece], row_tokens: int) -> Iterator[list[Pi
             room -= len(document) - start
 
 
-def pack_apart(documents: Iterable[Piece], context_length: int, block_size: int) -> Iterator[list[Piece]]:
-    """Rows of whole documents that take at most `context_length` positions, each document with its own landmarks.
+def pack_whole(
+    documents: Iterable[Piece], longest: int, room: int, taken_by: Callable[[Piece], int]
+) -> Iterator[list[Piece]]:
+    """Rows of whole documents, as full as it goes.
 
-    A document of `n` tokens takes `n + n // (block_size - 1)` positions. One that is longer than a row is cut: all but
-    its last piece fill a row each. What is left goes to the fullest of at most 64 open rows that has room for it (best
-    fit); nothing is dropped, and a row may end in padding.
+    A document that is longer than a row is cut: all but its last piece fill a row each. What is left goes to the
+    fullest of at most 64 open rows that has room for it (best fit); nothing is dropped, and a row may end in padding.
+
+    Args:
+        longest: tokens of one document that a row can hold.
+        room: what a row offers.
+        taken_by: what a piece takes of it.
     """
-    longest = plain_length(context_length, block_size)
-    open_rows: list[tuple[int, int, list[Piece]]] = []  # (positions left, a number that breaks ties, pieces), sorted
+    open_rows: list[tuple[int, int, list[Piece]]] = []  # (room left, a number that breaks ties, pieces), sorted
     opened = 0
     for document in documents:
         while len(document) > longest:
@@ -115,18 +131,23 @@ def pack_apart(documents: Iterable[Piece], context_length: int, block_size: int)
             document = document[longest:]
         if not len(document):
             continue
-        taken = landmarked_length(len(document), block_size)
+        taken = taken_by(document)
         place = bisect.bisect_left(open_rows, (taken, 0))
         if place < len(open_rows):
-            room, number, pieces = open_rows.pop(place)
+            left, number, pieces = open_rows.pop(place)
         else:
             if len(open_rows) == OPEN_ROWS:
                 yield open_rows.pop(0)[2]
-            room, number, pieces = context_length, opened, []
+            left, number, pieces = room, opened, []
             opened += 1
         pieces.append(document)
-        if room > taken:
-            bisect.insort(open_rows, (room - taken, number, pieces))
+        if left > taken:
+            bisect.insort(open_rows, (left - taken, number, pieces))
         else:
             yield pieces
     yield from (pieces for _, _, pieces in open_rows)
+
+
+def _landmarked_length_of(piece: Sequence[int], block_size: int) -> int:
+    """Positions of a piece that has landmarks of its own: `n + n // (block_size - 1)` for `n` tokens."""
+    return landmarked_length(len(piece), block_size)

@@ -14,6 +14,7 @@ Flags override the file. The output folder gets the model, its configuration, th
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -47,8 +48,9 @@ from finetune.output import (
 )
 from finetune.progress import ProgressLines
 from finetune.resume import run_contents, run_settings, weights_fingerprint
+from finetune.segments import EVALUATED_WITH, Segments
 from finetune.throughput import Throughput, device_peak
-from finetune.trainer import LandmarkTrainer
+from finetune.trainer import LandmarkSegmentTrainer, LandmarkTrainer
 
 EXIT_INTERRUPTED = 130
 
@@ -74,7 +76,7 @@ def finetune(
         UserError: the model, the data or the output folder cannot be used as asked.
     """
     _set_up_process(run_args)
-    check_distribution(run_args)
+    check_distribution(run_args, data_args.segments)
     with run_args.main_process_first(desc="preparing the data"):
         settings = run_settings(model_args, data_args, run_args, adapter_args)
         sources = [name for name in (model_args.model_name_or_path, model_args.tokenizer_name) if name]
@@ -88,17 +90,25 @@ def finetune(
         if adapter_args.lora_rank:
             model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
         block_size, landmark_token_id = model_args.block_size_of(model.config)
-        rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed)
+        segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
+        rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed, segments)
         record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
     if run_args.process_index == 0:
         trained = model.num_parameters(only_trainable=True)
         print(f"{rows.describe()}; {model.num_parameters():,} parameters, {trained:,} of them trained")
-        positions = data_args.context_length if landmark_token_id is not None else rows.row_tokens
-        print(*memory_lines(model, run_args, positions, rows.row_tokens), sep="\n", flush=True)
+        positions, tokens = data_args.context_length, rows.row_tokens
+        if segments is not None:
+            positions, tokens = segments.positions, segments.tokens
+            print(segments.describe())
+            if model.config.retrieval_granularity != EVALUATED_WITH:
+                print(f"evaluated with retrieval_granularity {EVALUATED_WITH}: other choices may look ahead")
+        elif landmark_token_id is None:
+            positions = tokens
+        print(*memory_lines(model, run_args, positions, tokens), sep="\n", flush=True)
         if resume_from:
             print(f"going on from {resume_from}")
     throughput = Throughput(block_size, landmark_token_id, device_peak(run_args))
-    trainer = _make_trainer(model, tokenizer, rows, run_args, throughput)
+    trainer = _make_trainer(model, tokenizer, rows, run_args, throughput, segments)
     if not _had_finished_training(trainer, resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
     evaluation = trainer.evaluate()
@@ -112,10 +122,16 @@ def finetune(
 
 
 def _make_trainer(
-    model: PreTrainedModel, tokenizer, rows: Rows, run_args: RunArguments, throughput: Throughput
+    model: PreTrainedModel,
+    tokenizer,
+    rows: Rows,
+    run_args: RunArguments,
+    throughput: Throughput,
+    segments: Segments | None,
 ) -> LandmarkTrainer:
     keep, run_args.save_total_limit = run_args.save_total_limit, None
-    trainer = LandmarkTrainer(
+    trainer_class = LandmarkTrainer if segments is None else partial(LandmarkSegmentTrainer, segments=segments)
+    trainer = trainer_class(
         model=model,
         args=run_args,
         train_dataset=rows.train,

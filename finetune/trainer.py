@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetune.arguments import UserError
+from finetune.segments import SegmentTrainer
 
 NAMED_ROWS = 32  # of a step that is left out; each by so many characters of its beginning:
 NAMED_CHARACTERS = 80
@@ -128,3 +129,7 @@ class LandmarkTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+class LandmarkSegmentTrainer(LandmarkTrainer, SegmentTrainer):
+    """The same guard around steps over several segments."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from landmark_llama.checkpoint_files import local_folder
 from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
 from landmark_llama.tokenization import add_landmark_token
@@ -70,7 +71,7 @@ class Adapter:
             OSError: a file is missing or damaged.
             ValueError: the adapter was trained without its landmark's embedding row, or for another landmark id.
         """
-        path = _local(folder)
+        path = local_folder(folder)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", TOKENIZER_RECORD):
             if not (path / name).is_file():
                 raise OSError(f"{folder}: holds no {name}, so it is no adapter of a landmark LLaMA")
@@ -208,13 +209,3 @@ def load_adapter(
     adapter.check_tokenizer(tokenizer)
     model = adapter.make_base(base or adapter.base, tokenizer, **from_pretrained)
     return LandmarkPeftModel.of(model, adapter, is_trainable)
-
-
-def _local(folder: str | PathLike[str]) -> Path:
-    if Path(folder).exists():
-        return Path(folder)
-    if str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):  # no hub id looks like that
-        raise OSError(f"{folder}: there is no such folder")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(folder)))

@@ -41,7 +41,8 @@ class LandmarkLlamaConfig(LlamaConfig):
         (`"head"`), or the heads of a token (`"token"`).
     train_retrieved_blocks: if given, a query of a call that is attended to as a whole, as in training, sees no more
         than so many of its earlier blocks, those whose landmarks it scores highest, beside its local ones (`"sliding"`
-        only): what it will have while reading long texts. By default it sees them all.
+        only): what it will have while reading long texts. By default it sees them all. In training through a cache,
+        how many blocks of earlier calls it retrieves, in place of `num_retrieved_blocks`.
     predict_from_landmark: whether the landmark of a block, rather than its last ordinary token, predicts what follows.
 
     Raises:
@@ -100,6 +101,14 @@ class LandmarkLlamaConfig(LlamaConfig):
         else:
             direct = room if local is None else local
         return RetrievalSettings(retrieved, direct, attention, granularity)
+
+    def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
+        """How a segment of a longer text is trained on: as in chunked reading, and no choice of blocks is shared.
+
+        It retrieves as many blocks as are given here, else `train_retrieved_blocks`, else `num_retrieved_blocks`.
+        """
+        retrieved = self.train_retrieved_blocks if num_retrieved_blocks is None else num_retrieved_blocks
+        return self.retrieval(retrieved, None, "chunked", "token_and_head")
 
     def check(self) -> None:
         """Raises ValueError if the settings, which may have been changed since, do not fit each other."""

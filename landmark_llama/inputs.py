@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from landmark_llama.cache import LandmarkCache
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
+from landmark_llama.layout import Layout
 
 
 def check_inputs(
@@ -45,21 +46,55 @@ def check_inputs(
         raise ValueError("output_attentions=True: attention weights are never formed as a whole and cannot be returned")
 
 
-def check_streaming(
+def check_segment(
     config: LandmarkLlamaConfig,
-    length: int,
-    past_key_values: LandmarkCache | None,
-    *,
-    training: bool,
-    output_hidden_states: bool | None,
+    layout: Layout,
+    num_retrieved_blocks: int | None,
+    num_local_blocks: int | None,
+    local_attention: str | None,
+    retrieval_granularity: str | None,
+) -> RetrievalSettings:
+    """How a call with a cache is trained on, given what the call asks for; raises a ValueError if it cannot be."""
+    settings = config.segment_retrieval(num_retrieved_blocks)
+    for name, value, only in (
+        ("num_local_blocks", num_local_blocks, None),
+        ("local_attention", local_attention, settings.local_attention),
+        ("retrieval_granularity", retrieval_granularity, settings.granularity),
+    ):
+        if value not in (None, only):
+            raise ValueError(
+                f"{name}={value!r} in training with a cache: a query reads the blocks of its own call directly and "
+                "chooses its own among those of earlier calls; leave it unset, or call model.eval() to read"
+            )
+    inside = (layout.start % config.block_size > 0) & (layout.ordinary > 0)
+    if inside.any():
+        row = int(inside.nonzero()[0])
+        raise ValueError(
+            f"row {row} goes on inside a block, at landmarked position {int(layout.start[row])}: in training, each "
+            f"call that a cache is given to begins with a block, after a multiple of {config.block_size - 1} tokens "
+            f"(block_size={config.block_size}); to read or generate, call model.eval()"
+        )
+    goes_on = bool(layout.start.any())
+    room = settings.num_direct_blocks * config.block_size if goes_on else config.train_context_length
+    if layout.length.max() > room:
+        raise ValueError(
+            f"a row takes {int(layout.length.max())} landmarked positions in training with a cache; at most {room} fit "
+            f"train_context_length={config.train_context_length}"
+            + (f" beside {settings.num_retrieved_blocks} retrieved blocks" if goes_on else "")
+            + ": cut the text into more segments"
+        )
+    return settings
+
+
+def check_streaming(
+    config: LandmarkLlamaConfig, length: int, *, training: bool, output_hidden_states: bool | None
 ) -> None:
     """Raises a ValueError if a call whose longest row takes `length` landmarked positions cannot be streamed."""
     if training:
-        reason = "a cache is given" if past_key_values is not None else f"a row takes {length} landmarked positions"
         raise ValueError(
-            f"{reason}, which is streamed and has no backward; train on rows of at most "
-            f"train_context_length={config.train_context_length} landmarked positions without a cache, "
-            "or call model.eval() to read"
+            f"a row takes {length} landmarked positions, which is streamed and has no backward; train on rows of at "
+            f"most train_context_length={config.train_context_length} landmarked positions, or on one segment after "
+            "the other with past_key_values=LandmarkCache(config), or call model.eval() to read"
         )
     if output_hidden_states:
         raise ValueError(

@@ -3,33 +3,38 @@
     python -m landmark_llama.merge ADAPTER OUT
     python -m landmark_llama.merge ADAPTER OUT --base meta-llama/Llama-2-7b-hf --max_shard_size 4GB
 
-The base is read tensor by tensor from its safetensors files, the adapter's change is added in fp32 and rounded once to
-the base's own dtype, and shards are written one after another: memory holds a shard (twice while it is written) and a
-few copies of the largest tensor, never the model. Needs no peft.
+The base is read tensor by tensor, the adapter's change is added in fp32 and rounded once to the base's own dtype, and
+shards are written one after another: memory holds a shard (twice while it is written) and a few copies of the largest
+tensor, never the model. Needs no peft.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from landmark_llama.adapters import ADAPTER_WEIGHTS, LANDMARK_ROW, Adapter
+from landmark_llama.checkpoint_files import (
+    GENERATION_CONFIG,
+    INPUT_ROWS,
+    OUTPUT_ROWS,
+    Checkpoint,
+    check_output,
+    copy_files,
+    staged,
+    write_weights,
+)
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.conversion import mean_of_other_rows
 
-INPUT_ROWS, OUTPUT_ROWS = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "base_model.model."
 # Fields of adapter_config.json that change what an adapter computes, beside those that are understood here.
 OTHER_METHODS = (
@@ -54,7 +59,7 @@ def merge_adapter(
         max_shard_size: of the files of weights: bytes, or a text such as "2GB".
 
     Raises:
-        OSError: a file is missing or damaged, or the base has no safetensors files.
+        OSError: a file is missing or damaged.
         ValueError: the adapter does not belong to the base, or is of a kind that cannot be merged here; or `output` is
             not empty.
     """
@@ -62,94 +67,43 @@ def merge_adapter(
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
     adapter.check_tokenizer(tokenizer)
     output, base = Path(output), base or adapter.base
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: is not empty; give a folder that does not exist yet")
-    files = _base_files(base)
-    base_config = _full_precision_config(base, files)
+    check_output(output)
+    weights = Checkpoint.open(base)
+    base_config = _full_precision_config(base, weights.folder)
     adapter.check_base(base_config, base)
-    staging = output.with_name(output.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     is_vanilla = not isinstance(base_config, LandmarkLlamaConfig)
-    dtype = _write_weights(adapter, is_vanilla, files, staging, max_shard_size)
-    tokenizer.save_pretrained(staging)
-    generation = files[0].parent / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, staging / generation.name)
-    config = adapter.config
-    config.architectures, config.dtype, config.use_cache = ["LandmarkLlamaForCausalLM"], dtype, True
-    config.save_pretrained(staging)
-    if output.exists():
-        output.rmdir()
-    os.replace(staging, output)
+    planned = _plan(adapter, weights)
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as adapted:
+        change = _changes(adapter, is_vanilla, adapted, set(planned))
+        with staged(output) as staging:
+            write_weights(staging, planned, lambda name: change(name, weights.read(name)), max_shard_size)
+            tokenizer.save_pretrained(staging)
+            copy_files(weights.folder, staging, (GENERATION_CONFIG,))
+            config = adapter.config
+            config.architectures, config.use_cache = ["LandmarkLlamaForCausalLM"], True
+            config.dtype = planned[INPUT_ROWS].dtype
+            config.save_pretrained(staging)
 
 
-def _base_files(base: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files of a checkpoint, local or from the hub."""
-    folder = Path(base)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.safetensors"]))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise OSError(f"{base}: holds no {file.name}; merging reads checkpoints of safetensors files")
-    return files
-
-
-def _full_precision_config(base: str | os.PathLike[str], files: list[Path]) -> LlamaConfig:
-    config = AutoConfig.from_pretrained(files[0].parent)
+def _full_precision_config(base: str | os.PathLike[str], folder: Path) -> LlamaConfig:
+    config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{base}: a quantised checkpoint; give --base the one in full precision that it was made from")
     return config
 
 
-def _write_weights(
-    adapter: Adapter, is_vanilla: bool, files: list[Path], staging: Path, max_shard_size: int | str
-) -> torch.dtype:
-    """Writes the shards and their index; returns the dtype of the embedding."""
-    sources, planned = _plan(adapter, files)
-    shards = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as weights:
-        change = _changes(adapter, is_vanilla, weights, set(planned))
-        for file_name, names in shards.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                with _opened(sources[name]) as file:
-                    shard[name] = change(name, file.get_tensor(name)).contiguous()
-            save_file(shard, staging / file_name, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return planned[INPUT_ROWS].dtype
-
-
-def _plan(adapter: Adapter, files: list[Path]) -> tuple[dict[str, Path], dict[str, Tensor]]:
-    """Which file holds each tensor, and a tensor without memory of the shape and dtype that it will have."""
-    sources, planned = {}, {}
-    for path in files:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what follows from the configuration
-                    continue
-                if name == OUTPUT_ROWS and adapter.config.tie_word_embeddings:
-                    continue
-                sources[name] = path
-                part = file.get_slice(name)
-                rows, *rest = part.get_shape()
-                if name in (INPUT_ROWS, OUTPUT_ROWS):
-                    rows = adapter.config.vocab_size
-                dtype = part[:1].dtype
-                planned[name] = torch.empty(rows, *rest, dtype=dtype, device="meta")
+def _plan(adapter: Adapter, base: Checkpoint) -> dict[str, Tensor]:
+    """A tensor without memory for each that will be written, of its shape and dtype."""
+    planned = {}
+    for name in base.names():
+        if name == OUTPUT_ROWS and adapter.config.tie_word_embeddings:
+            continue
+        like = base.shapes[name]
+        rows = adapter.config.vocab_size if name in (INPUT_ROWS, OUTPUT_ROWS) else len(like)
+        planned[name] = like.new_empty(rows, *like.shape[1:])
     if INPUT_ROWS not in planned:
-        raise OSError(f"{files[0].parent}: its safetensors files hold no {INPUT_ROWS}: not the weights of a LLaMA")
-    return sources, planned
+        raise OSError(f"{base.folder}: its files of weights hold no {INPUT_ROWS}: not the weights of a LLaMA")
+    return planned
 
 
 def _changes(
@@ -196,13 +150,6 @@ def _changes(
         return weight
 
     return change
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise OSError(f"{path}: truncated or damaged ({error}); fetch or save the checkpoint again") from error
 
 
 def main(argv: list[str] | None = None) -> None:

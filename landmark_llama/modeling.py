@@ -1,9 +1,10 @@
 """The landmark LLaMA: what differs from transformers' LLaMA.
 
 Two ways through the model. A call without a cache whose rows fit `train_context_length` attends to all of its
-blocks, as in training. Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each query
-reading a table of blocks (`landmark_llama/streaming.py`). Users see plain coordinates in both: landmarks go in and
-out of the text in here.
+blocks, as in training; in training, one with a cache does so, too, and retrieves from what earlier calls read
+(`landmark_llama/segments.py`). Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each
+query reading a table of blocks (`landmark_llama/streaming.py`). Users see plain coordinates in both: landmarks go in
+and out of the text in here.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from landmark_llama.chunks import cut_into_chunks
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
 from landmark_llama.conversion import checked_load, convert_llama
 from landmark_llama.documents import Documents, find_documents
-from landmark_llama.inputs import check_inputs, check_streaming
+from landmark_llama.inputs import check_inputs, check_segment, check_streaming
 from landmark_llama.layout import Layout, compact, find_landmarks, lay_out
+from landmark_llama.segments import Segment
 from landmark_llama.streaming import QueryGroups, attend_through_table
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class LandmarkLlamaAttention(LlamaAttention):
         rotary: RotaryTable,
         settings: RetrievalSettings,
         documents: Documents | None = None,
+        segment: Segment | None = None,
         groups: QueryGroups | None = None,
         remember_only: bool = False,
         position_ids: None = None,
@@ -55,14 +58,17 @@ class LandmarkLlamaAttention(LlamaAttention):
         """`hidden_states` (batch, columns, hidden_size) to the same; streamed through `past_key_values` if given.
 
         LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned, or hold
-        `documents`. With `remember_only`, keys and values go to the cache and there is no output.
+        `documents`, or are a `segment` of their texts. With `remember_only`, keys and values go to the cache and there
+        is no output.
         """
         batch, columns = hidden_states.shape[:2]
         shape = (batch, columns, -1, self.head_dim)
         key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
         query = None if remember_only else self.q_proj(hidden_states).view(shape)
         block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
-        if past_key_values is None:
+        if segment is not None:
+            output = segment.attend(query, key, value, layer_idx=self.layer_idx, rotary=rotary, scale=scale)
+        elif past_key_values is None:
             if documents is None:
                 attend, position = landmark_attention, torch.arange(columns, device=query.device)
             else:
@@ -150,7 +156,8 @@ class LandmarkLlamaModel(LlamaModel):
         retrieval_granularity: RetrievalGranularity | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
-        settings = self.config.retrieval(num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
+        given = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
+        settings = self.config.retrieval(*given)
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
         content = input_ids if input_ids is not None else inputs_embeds
         batch, length = content.shape[:2]
@@ -187,11 +194,16 @@ class LandmarkLlamaModel(LlamaModel):
         if begins is not None:
             columns, longest = layout.source.shape[1], self.config.train_context_length
             documents = Documents.of(begins, real, columns, block_size=block_size, longest=longest)
+        segment = None
+        if self.training and past_key_values is not None:
+            settings = check_segment(self.config, layout, *given)
+            segment = Segment.of(layout, past_key_values, settings.num_retrieved_blocks)
         fits = past_key_values is None and int(layout.length.max()) <= self.config.train_context_length
-        if fits or documents is not None:
-            states, hidden_states = self._attend_to_all(
-                content, layout, bool(output_hidden_states), rotary=rotary, documents=documents, settings=settings
-            )
+        if fits or documents is not None or segment is not None:
+            how = {"rotary": rotary, "documents": documents, "segment": segment, "settings": settings}
+            states, hidden_states = self._attend_to_all(content, layout, bool(output_hidden_states), **how)
+            if segment is not None:
+                past_key_values.advance(real)
             last = _take(states, output)
             if hidden_states is not None:
                 hidden_states = tuple(_take(x, output) for x in hidden_states)
@@ -199,7 +211,6 @@ class LandmarkLlamaModel(LlamaModel):
             check_streaming(
                 self.config,
                 int(layout.length.max()),
-                past_key_values,
                 training=self.training,
                 output_hidden_states=output_hidden_states,
             )
@@ -213,7 +224,7 @@ class LandmarkLlamaModel(LlamaModel):
     def _attend_to_all(
         self, content: Tensor, layout: Layout, keep_hidden_states: bool, **attention: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """States (batch, columns, hidden_size) of a call that is attended to as a whole, without a cache."""
+        """States (batch, columns, hidden_size) of a call that is attended to as a whole."""
         states = self._embed(content, layout.source)
         hidden_states = [states]
         for layer in self.layers:
@@ -363,7 +374,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
         Without a cache, rows that fit `train_context_length` attend to all of their blocks; longer ones are streamed
-        through a temporary cache, in evaluation only.
+        through a temporary cache, in evaluation only. In training, a call with a cache is a segment of a longer text
+        (`docs/training_through_memory.md`): gradients end where it begins.
 
         Args:
             input_ids: (batch, length) ordinary tokens. Landmarks in their regular places are accepted and dropped: the
@@ -375,7 +387,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
                 they only count on, they change nothing.
             past_key_values: what earlier calls read; this call is added to it.
             inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
-            labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here.
+            labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here. One column
+                more, (batch, length + 1), names the token that the last column predicts.
             use_cache: True returns a new `LandmarkCache` if none is given.
             logits_to_keep: the last so many columns (0: all), or a 1-dimensional tensor of columns. The loss is over
                 all columns, whatever is kept.
@@ -404,8 +417,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         )
         states, loss = outputs.last_hidden_state, None
         if labels is not None:
-            labels = self._plain_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
-            loss = self._loss(states, labels, num_items_in_batch)
+            targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+            loss = self._loss(states, targets, num_items_in_batch)
             states = _keep_columns(states, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -414,24 +427,30 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             hidden_states=outputs.hidden_states,
         )
 
-    def _plain_labels(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Labels (batch, columns) of the result's columns; ignored are landmarks, and what follows on padding."""
-        if labels.shape != content.shape[:2]:
-            raise ValueError(f"labels: shape {tuple(labels.shape)} differs from the input's {tuple(content.shape[:2])}")
-        real = torch.ones_like(labels, dtype=torch.bool)
+    def _targets(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What the result's columns predict, (batch, columns); -100 for landmarks and for what follows on padding."""
+        batch, length = content.shape[:2]
+        if labels.shape not in ((batch, length), (batch, length + 1)):
+            raise ValueError(
+                f"labels: shape {tuple(labels.shape)} differs from the input's {(batch, length)}; only a column more, "
+                "for the token after the last one, may be given"
+            )
+        real = torch.ones(batch, length, dtype=torch.bool, device=labels.device)
         if attention_mask is not None:
-            real = attention_mask[:, -labels.shape[1] :].to(real)
+            real = attention_mask[:, -length:].to(real)
         labels = labels.masked_fill(labels == self.config.landmark_token_id, -100)
+        labels = nn.functional.pad(labels, (0, length + 1 - labels.shape[1]), value=-100)
         if not content.is_floating_point():
             given = (content.to(labels.device) == self.config.landmark_token_id) & real
             if given.any():
-                labels, real = compact(labels, ~given, fill=-100), compact(real, ~given)
+                labels = compact(labels, nn.functional.pad(~given, (0, 1), value=True), fill=-100)
+                real = compact(real, ~given)
         # a row's first token is predicted from nothing, whether or not padding stands before it
-        return labels.masked_fill(nn.functional.pad(~real[:, :-1], (1, 0)), -100)
+        return labels[:, 1:].masked_fill(~real, -100)
 
-    def _loss(self, states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss(self, states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Mean cross-entropy of the next tokens; never holds the logits of more than one training context a row."""
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(states.device)
+        targets = targets.to(states.device)
         total = states.new_zeros((), dtype=torch.float32)
         for part, target in zip(
             states.split(self.config.train_context_length, dim=1),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import edit
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_tokenization import word_tokenizer
@@ -15,7 +16,7 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from landmark_llama import LandmarkLlamaForCausalLM, load_adapter, merge
+from landmark_llama import LandmarkLlamaForCausalLM, checkpoint_files, load_adapter, merge
 from landmark_llama.adapters import ADAPTER_WEIGHTS, LANDMARK_ROW, TOKENIZER_RECORD, tokenizer_fingerprint
 from landmark_llama.peft_model import LandmarkPeftModel
 
@@ -145,10 +146,6 @@ def test_an_adapter_is_loaded_onto_a_base_that_is_loaded_already_or_has_moved(ad
         assert torch.equal(logits(loaded), expected)
         assert loaded.config.num_retrieved_blocks == 1
         assert sum(weight.requires_grad for weight in loaded.parameters()) == 13
-
-
-def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def test_an_adapter_without_its_landmark_row_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -292,7 +289,7 @@ def test_merging_holds_one_shard_at_a_time(adapter: Path, tmp_path: Path, monkey
         sizes.append((len(tensors), sum(tensor.nbytes for tensor in tensors.values())))
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(merge, "save_file", save)
+    monkeypatch.setattr(checkpoint_files, "save_file", save)
     merge.merge_adapter(adapter, tmp_path / "out", max_shard_size=8000)
     assert len(sizes) > 4 and all(count == 1 or size <= 8000 for count, size in sizes)
 
@@ -312,10 +309,10 @@ def test_merging_needs_no_peft_and_loading_says_that_it_does(
 def test_an_interrupted_merge_leaves_nothing_that_loads(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint_files.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         merge.merge_adapter(adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
     monkeypatch.undo()
     merge.merge_adapter(adapter, tmp_path / "out")
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
@@ -337,8 +334,8 @@ def test_what_cannot_be_merged_is_one_sentence(adapter: Path, base: Path, tmp_pa
     edit(adapter / "adapter_config.json", rank_pattern={}, peft_type="IA3")
     assert "peft_type='IA3' cannot be merged here" in refusal()
     edit(adapter / "adapter_config.json", peft_type="LORA")
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    assert "holds no model.safetensors; merging reads checkpoints of safetensors files" in refusal()
-    (base / "pytorch_model.bin").rename(base / "model.safetensors")
+    (base / "model.safetensors").rename(base / "weights")
+    assert "holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards" in refusal()
+    (base / "weights").rename(base / "model.safetensors")
     edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert "a quantised checkpoint; give --base the one in full precision" in refusal()

@@ -1,5 +1,6 @@
 """Landmark attention on tensors: the definition, and the fast forms against it."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from landmark_llama import landmark_attention
 from landmark_llama.attention import blockwise, landmark_attention_reference
 from landmark_llama.attention.reference import landmark_attention_weights
+from landmark_llama.attention.retrieved import attend_chosen
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -115,6 +117,58 @@ def test_the_reference_is_the_definition_in_float64_loops(shape: tuple[int, ...]
     for head in {0, heads - 1}:
         loops = weights_by_definition(query[0, head], key[0, head // (heads // kv_heads)], block_size)
         torch.testing.assert_close(weights[0, head], torch.tensor(loops, dtype=torch.float64))
+
+
+def brought_together(
+    query: Tensor, key: Tensor, value: Tensor, block: Tensor, direct: int, block_size: int, scale: float
+) -> Tensor:
+    """The last blocks of one row read as a sequence, and chosen ones of those before them added."""
+    start = direct * block_size
+    output, lse = blockwise.attend_sequence(query, key[:, :, start:], value[:, :, start:], block_size, scale)
+    kv_heads = key.shape[1]
+    grouped, window = (x.unflatten(1, (kv_heads, -1)) for x in (query * scale, output))
+    repeated = grouped.unsqueeze(-2).expand(*grouped.shape[:-1], block.shape[-1], -1)
+    blocks = (x[:, :, :start].unflatten(2, (-1, block_size)) for x in (key, value))
+    return attend_chosen(repeated, *blocks, block, (window, lse.unflatten(1, (kv_heads, -1)))).flatten(1, 2)
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_sequence_and_the_blocks_chosen_before_it_are_attention_over_all_of_them(missing: int) -> None:
+    query, key, value = random_inputs((4, 2, 11, 31, 5, 8))  # eleven queries in the last blocks of seven, four before
+    rank = torch.rand(2, 2, 2, 11, 4, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    block = torch.where(torch.arange(4) < missing, -1, rank)
+    grad = torch.randn(query.shape, dtype=torch.float64)
+
+    def by_definition(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # each query's own copy of the keys, those of the blocks that it did not choose taken out
+        heads = []
+        for row, head, i in itertools.product(range(2), range(4), range(11)):
+            chosen = sorted(b for b in block[row, head // 2, head % 2, i].tolist() if b >= 0)
+            places = [b * 5 + offset for b in chosen for offset in range(5)] + list(range(20, 20 + i + 1))
+            k, v = (x[row, head // 2, places][None, None] for x in (key, value))
+            heads.append(landmark_attention_reference(query[row, head, i][None, None, None], k, v, block_size=5))
+        return torch.cat(heads).view(query.shape)
+
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    actual = brought_together(*inputs, block, 4, 5, 8**-0.5)
+    expected = by_definition(*inputs)
+    torch.testing.assert_close(actual, expected)
+    for a, e in zip(
+        torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_the_backward_of_what_is_brought_together_is_that_of_the_forward() -> None:
+    query, key, value = (x.requires_grad_() for x in random_inputs((2, 1, 7, 19, 3, 4), batch=1, gain=1.0))
+    block = torch.randint(-1, 4, (1, 1, 2, 7, 3), generator=torch.Generator().manual_seed(0))
+
+    def sequence(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return blockwise.attend_sequence(*inputs, 3, 0.5)
+
+    assert torch.autograd.gradcheck(sequence, (query, key, value))
+    assert torch.autograd.gradcheck(lambda *inputs: sequence(*inputs)[1], (query, key, value))
+    assert torch.autograd.gradcheck(lambda *inputs: brought_together(*inputs, block, 4, 3, 0.5), (query, key, value))
 
 
 RETRIEVALS = [(1, 0), (2, 1), (3, 2), (0, 1), (100, 0)]

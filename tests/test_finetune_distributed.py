@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,17 @@ def test_fsdp_that_could_not_save_the_model_is_refused(kind: str, monkeypatch: p
     else:
         with pytest.raises(UserError, match="fsdp_state_dict_type SHARDED_STATE_DICT: .* FULL_STATE_DICT alone"):
             distributed.check_distribution(None)
+
+
+@pytest.mark.parametrize(("deepspeed", "gpus"), [(object(), 1), (None, 2)])
+def test_segments_are_refused_where_a_batch_has_one_backward_or_one_process_several_gpus(
+    deepspeed: object, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "fsdp_settings", lambda run: None)
+    run = SimpleNamespace(deepspeed_plugin=deepspeed, n_gpu=gpus)
+    distributed.check_distribution(run)
+    with pytest.raises(UserError, match="--segments 2: .*(use DDP|accelerate launch)"):
+        distributed.check_distribution(run, segments=2)
 
 
 def test_fsdp_wraps_the_layer_that_there_is() -> None:

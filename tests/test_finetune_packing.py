@@ -1,4 +1,4 @@
-"""Rows themselves: joined documents with landmarks, documents kept apart with positions of their own."""
+"""Rows themselves: documents joined, joined but whole, or kept apart with positions of their own."""
 
 import datasets
 import numpy as np
@@ -56,7 +56,7 @@ def test_landmark_rows_have_exactly_the_asked_positions_and_the_tokens_of_the_de
         assert torch.equal(landmarked["labels"][~is_landmark], landmarked["input_ids"][~is_landmark])
 
 
-@pytest.mark.parametrize("kind", ["join", "apart"])
+@pytest.mark.parametrize("kind", ["join", "whole", "apart"])
 @pytest.mark.parametrize(("context_length", "block_size"), SHAPES)
 def test_a_stream_of_documents_gives_the_rows_of_the_documents_on_disk(
     kind: str, context_length: int, block_size: int
@@ -85,15 +85,48 @@ def test_documents_apart_fit_their_row_with_the_landmarks_of_each(context_length
         assert LANDMARK not in row["input_ids"]
 
 
-def test_documents_apart_are_whole_where_a_row_can_hold_them_and_none_is_lost() -> None:
-    # as many short ones as long ones, so that rows are filled up
+def numbered_documents() -> list[list[int]]:
+    """As many short ones as long ones, so that rows are filled up; each ends with a token of its own from 1000 on."""
     documents = random_documents(seed=4, count=400, longest=50) + random_documents(seed=5, count=100, longest=200)
-    documents = [[*document, 1000 + number] for number, document in enumerate(documents)]
+    return [[*document, 1000 + number] for number, document in enumerate(documents)]
+
+
+def pieces_that_fit(documents: list[list[int]], longest: int) -> list[list[int]]:
+    return [document[i : i + longest] for document in documents for i in range(0, len(document), longest)]
+
+
+@pytest.mark.parametrize("landmark", [None, LANDMARK])
+def test_whole_documents_are_cut_only_where_no_row_can_hold_them_and_none_is_lost(landmark: int | None) -> None:
+    documents = numbered_documents()
+    packing = Packing(64, 8, landmark, "whole")
+    rows = packed(documents, packing)
+    pieces, text = [], []
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        assert len(ids) == len(labels) == (packing.row_tokens if landmark is None else 64)
+        ordinary = ids != LANDMARK
+        assert (labels[~ordinary] == IGNORED_LABEL).all()
+        ids, labels = ids[ordinary], labels[ordinary]
+        length = int((labels != IGNORED_LABEL).sum())
+        assert torch.equal(ids[:length], labels[:length])  # what is ignored stands behind
+        text.append(ids[:length].tolist())
+    fit = pieces_that_fit(documents, packing.row_tokens)
+    assert sorted(token for row in text for token in row) == sorted(token for piece in fit for token in piece)
+    for row in text:
+        # a row is read off as pieces from its start on: each ends with its document's own token, or fills the row
+        while row:
+            piece = next(piece for piece in fit if row[: len(piece)] == piece)
+            pieces.append(piece)
+            row = row[len(piece) :]
+    assert sorted(pieces) == sorted(fit)
+    assert sum(map(len, text)) > 0.95 * packing.row_tokens * len(rows)
+
+
+def test_documents_apart_are_whole_where_a_row_can_hold_them_and_none_is_lost() -> None:
+    documents = numbered_documents()
     rows = packed(documents, Packing(64, 8, LANDMARK, "apart"))
     pieces = [piece for row in rows for piece in pieces_of(row)]
-    longest = plain_length(64, 8)
-    expected = [document[i : i + longest] for document in documents for i in range(0, len(document), longest)]
-    assert sorted(pieces) == sorted(expected)
+    assert sorted(pieces) == sorted(pieces_that_fit(documents, plain_length(64, 8)))
     filled = sum(len(piece) + len(piece) // 7 for piece in pieces) / (64 * len(rows))
     assert filled > 0.95
 
@@ -106,7 +139,8 @@ def test_nothing_predicts_the_first_token_of_a_document_that_is_kept_apart() -> 
         assert torch.equal(row["labels"][~first], row["input_ids"][~first])
 
 
-def test_apart_holds_few_rows_however_many_documents_come() -> None:
+@pytest.mark.parametrize("kind", ["whole", "apart"])
+def test_few_rows_are_held_however_many_documents_come(kind: str) -> None:
     taken = 0
 
     def documents():
@@ -115,5 +149,5 @@ def test_apart_holds_few_rows_however_many_documents_come() -> None:
             taken += 1
             yield np.ones(37, dtype=np.int32)  # two of them fit no row
 
-    next(Packing(64, 8, LANDMARK, "apart").pack(documents()))
+    next(Packing(64, 8, LANDMARK, kind).pack(documents()))
     assert taken <= OPEN_ROWS + 1

@@ -291,8 +291,12 @@ def test_a_run_starts_from_a_configuration_and_the_embedded_corpus(tmp_path: Pat
     assert (tmp_path / "out" / "corpus" / "train.jsonl").exists()
 
 
-def test_gradient_accumulation_gives_the_weights_of_the_larger_batch(base: Path, data: Path, tmp_path: Path) -> None:
-    common = ("--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "2", "--save_steps", "100")
+@pytest.mark.parametrize("segments", ["1", "3"])
+def test_gradient_accumulation_gives_the_weights_of_the_larger_batch(
+    segments: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    common = ("--segments", segments, "--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "2")
+    common = (*common, "--save_steps", "100")
     main(flags(base, data, tmp_path / "a", *common, "--per_device_train_batch_size", "4"))
     main(flags(base, data, tmp_path / "b", *common, "--gradient_accumulation_steps", "2"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")

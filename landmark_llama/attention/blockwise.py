@@ -1,9 +1,10 @@
 """Landmark attention in PyTorch, block by block: the fast path without a GPU kernel.
 
-Three functions share one tile of work, a set of queries against whole blocks of keys:
+Four functions share one tile of work, a set of queries against whole blocks of keys:
 
 - `blockwise_landmark_attention`: causal attention over one sequence, with a backward of its own. It walks over query
   tiles, reads only the blocks that a tile can see, and keeps one number a (query, block) for the backward.
+  `attend_sequence` is the same, returning the logsumexp too.
 - `attend_window`: each group of queries over its own short window of consecutive blocks, returning the logsumexp too.
 - `attend_retrieved`: each group of queries over blocks that it chose, merged with the result of `attend_window`.
 
@@ -37,7 +38,18 @@ def blockwise_landmark_attention(
 ) -> Tensor:
     """Causal landmark attention; arguments and result as in `landmark_attention`."""
     retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
-    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, retrieval)
+    output, _ = _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, retrieval)
+    return output.to(query.dtype)
+
+
+def attend_sequence(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal landmark attention to which blocks from elsewhere can be added; arguments as in `landmark_attention`.
+
+    Returns:
+        The output (batch, heads, query_length, head_dim), and the logsumexp (batch, heads, query_length) of each
+        query's own group. Both in the computing dtype, both differentiable.
+    """
+    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, None)
 
 
 def attend_window(
@@ -102,9 +114,10 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         block_size: int,
         scale: float,
         retrieval: tuple[int, int] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         tiles = _Tiles(query, key, value, block_size, scale)
         output = torch.empty_like(tiles.query)
+        lse = output.new_empty(output.shape[:-1])
         adjusts = []
         for rows, blocks, position in tiles:
             scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
@@ -112,22 +125,25 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
             unseen = None
             if retrieval is not None and scores.shape[-2] > sum(retrieval) + 1:
                 unseen = ~seen_blocks(scores[..., -1], position // block_size, *retrieval)
-            weights, adjust, _ = _normalise_(scores, position, unseen)
+            weights, adjust, lse[..., rows] = _normalise_(scores, position, unseen)
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
             adjusts.append(adjust)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(query, key, value, output, *adjusts)
             ctx.block_size, ctx.scale = block_size, scale
-        return tiles.unfold(output).to(query.dtype)
+        ctx.set_materialize_grads(False)
+        return tiles.unfold(output), tiles.unfold(lse.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, *adjusts = ctx.saved_tensors
         tiles = _Tiles(query, key, value, ctx.block_size, ctx.scale)
-        grad = tiles.fold(grad)
+        grad = torch.zeros_like(output) if grad is None else tiles.fold(grad)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
+        if grad_lse is not None:
+            mean -= tiles.fold(grad_lse.unsqueeze(-1))  # the own group's weights are the logsumexp's derivatives
         for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
             q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
             scores = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
