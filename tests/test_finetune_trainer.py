@@ -102,6 +102,26 @@ def test_a_gradient_that_is_not_finite_is_left_out_like_a_loss(
     assert "step 3: the gradient is not finite; the step is left out" in capsys.readouterr().err
 
 
+def test_a_step_over_several_segments_is_left_out_as_a_whole(
+    base: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    break_loss,
+) -> None:
+    segments = []
+
+    def last_of_step_2(step: int, _: dict) -> bool:
+        segments.append(step)
+        return segments[-3:] == [2, 2, 2]
+
+    break_loss(last_of_step_2)
+    more = ("--segments", "3", "--retrieval_granularity", "head", "--max_nan_steps", "1", "--max_steps", "3")
+    main(flags(base, data, tmp_path, *EVERY_STEP, *more))
+    assert segments == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert same_weights(tmp_path / "checkpoint-1", tmp_path / "checkpoint-2")
+    assert not same_weights(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+
+
 def test_the_mean_of_the_logged_losses_is_that_of_the_steps_that_were_taken(
     base: Path,  # noqa: F811
     data: Path,  # noqa: F811
