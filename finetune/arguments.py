@@ -154,6 +154,10 @@ class RunArguments(TrainingArguments):
         metadata={"help": "min_lr_rate: the floor, as a share of the peak"},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "throw away the run that output_dir holds"})
+    max_nan_steps: int = field(
+        default=0,
+        metadata={"help": "leave out so many steps of a run whose loss or gradient is not finite; stop at one more"},
+    )
     cpu_threads: int = field(
         default=0, metadata={"help": "threads of one process on a CPU; 0: all cores, shared evenly"}
     )
@@ -265,6 +269,8 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         )
     if data.streaming and run.max_steps <= 0:
         raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
+    if run.max_nan_steps < 0:
+        raise UserError(f"--max_nan_steps {run.max_nan_steps}: must be 0 or more")
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: at least one row must be held (>= 1)")
     if data.mixture and data.data == ["embedded"]:

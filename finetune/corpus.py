@@ -8,6 +8,7 @@ The same Python, seed and size give the same files.
 """
 
 import argparse
+import filecmp
 import json
 import os
 import random
@@ -150,7 +151,10 @@ def write_corpus(
         partial = path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in split)
-        os.replace(partial, path)
+        if path.exists() and filecmp.cmp(partial, path, shallow=False):
+            partial.unlink()  # what names a file by its time of change finds the one that it knows
+        else:
+            os.replace(partial, path)
     return paths
 
 

@@ -18,7 +18,7 @@ from finetune.arguments import DataArguments, RunArguments, UserError
 from finetune.corpus import corpus_files, write_corpus
 from finetune.packing import Packing
 from finetune.segments import Segments
-from finetune.sources import Subset, find_subsets, fingerprint
+from finetune.sources import Subset, describe_files, find_subsets, fingerprint, stamped_by_content
 from finetune.streaming import heldout_rows, training_stream
 from finetune.tokens import tokenised_subset, tokens_fingerprint
 
@@ -80,19 +80,25 @@ class PackedRows(torch.utils.data.Dataset):
 class Rows:
     """What a run trains on and is measured by, and what was found on the way.
 
-    `train` is an endless `datasets.IterableDataset` where data are streamed; `train_rows` is then None, and so is
-    `bad_rows`, which are named as they come. `fingerprint` names all that shaped the rows.
+    `train` is an endless `datasets.IterableDataset` where data are streamed; `train_rows` is then None. `problems` says
+    what is wrong with each bad row that was left out, a stream's as they come. `fingerprint` names all that shaped the
+    rows, `files` says in words which files they are from.
     """
 
     train: torch.utils.data.Dataset
     heldout: torch.utils.data.Dataset
     packing: Packing
-    bad_rows: int | None
+    problems: set[str]
     fingerprint: str
+    files: str
 
     @property
     def train_rows(self) -> int | None:
         return None if isinstance(self.train, datasets.IterableDataset) else len(self.train)
+
+    @property
+    def bad_rows(self) -> int:
+        return len(self.problems)
 
     @property
     def row_tokens(self) -> int:
@@ -163,9 +169,12 @@ def make_rows(
         train, heldout = find_subsets(data.data, data.mixture), None
     make = _streamed_rows if data.streaming else _stored_rows
     rows = make(train, heldout, tokenizer, packing, data, seed)
-    tokens = [(tokens_fingerprint(subset, tokenizer), subset.weight) for subset in [*train, *(heldout or [])]]
-    shaping = (data.streaming, data.shuffle_buffer, data.heldout_share, data.max_heldout_rows, data.skip_bad_rows)
-    return Rows(*rows, fingerprint(tokens=tokens, packing=dataclasses.asdict(packing), shaping=shaping, seed=seed))
+    subsets = [*train, *(heldout or [])]
+    named = [stamped_by_content(subset) for subset in subsets] if embedded else subsets
+    tokens = [(tokens_fingerprint(subset, tokenizer), subset.weight) for subset in named]
+    shaping = (data.streaming, data.shuffle_buffer, data.heldout_share, data.max_heldout_rows)
+    name = fingerprint(tokens=tokens, packing=dataclasses.asdict(packing), shaping=shaping, seed=seed)
+    return Rows(*rows, name, "the embedded corpus" if embedded else describe_files(subsets))
 
 
 def _streamed_rows(
@@ -175,13 +184,14 @@ def _streamed_rows(
     packing: Packing,
     data: DataArguments,
     seed: int,
-) -> tuple[datasets.IterableDataset, list, Packing, None]:
+) -> tuple[datasets.IterableDataset, list, Packing, set[str]]:
     """The first four fields of `Rows`, as in `_stored_rows`; `heldout=None` takes a share of the training documents."""
     share = 0.0 if heldout else data.heldout_share
-    common = {"skip_bad_rows": data.skip_bad_rows, "heldout_share": share}
+    problems: set[str] = set()
+    common = {"skipped": problems if data.skip_bad_rows else None, "heldout_share": share}
     kept = heldout_rows(heldout or train, tokenizer, packing, seed, max_rows=data.max_heldout_rows, **common)
     stream = training_stream(train, tokenizer, packing, seed, shuffle_buffer=data.shuffle_buffer, **common)
-    return stream, kept, packing, None
+    return stream, kept, packing, problems
 
 
 def _stored_rows(
@@ -191,15 +201,17 @@ def _stored_rows(
     packing: Packing,
     data: DataArguments,
     seed: int,
-) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, Packing, int]:
-    def tokenised(subsets: list[Subset]) -> tuple[list[datasets.Dataset], int]:
-        pairs = [tokenised_subset(s, tokenizer, data.skip_bad_rows, data.preprocessing_workers) for s in subsets]
-        return [documents for documents, _ in pairs], sum(bad for _, bad in pairs)
+) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, Packing, set[str]]:
+    problems: set[str] = set()
 
-    documents, bad = tokenised(train)
+    def tokenised(subsets: list[Subset]) -> list[datasets.Dataset]:
+        pairs = [tokenised_subset(s, tokenizer, data.skip_bad_rows, data.preprocessing_workers) for s in subsets]
+        problems.update(problem for _, bad in pairs for problem in bad)
+        return [documents for documents, _ in pairs]
+
+    documents = tokenised(train)
     if heldout:
-        kept, more_bad = tokenised(heldout)
-        bad += more_bad
+        kept = tokenised(heldout)
     else:
         splits = []
         for subset, its_documents in zip(train, documents, strict=True):
@@ -217,7 +229,7 @@ def _stored_rows(
         mixed.append(_mix(packed, train, seed, again=which == "training"))
     train_rows, kept_rows = mixed
     kept_rows = torch.utils.data.Subset(kept_rows, range(min(len(kept_rows), data.max_heldout_rows)))
-    return train_rows, kept_rows, packing, bad
+    return train_rows, kept_rows, packing, problems
 
 
 def _mix(packed: list[PackedRows], subsets: list[Subset], seed: int, again: bool) -> torch.utils.data.Dataset:

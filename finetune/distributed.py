@@ -35,6 +35,8 @@ def check_distribution(run: RunArguments, segments: int = 1) -> None:
             f"fsdp_state_dict_type {str(fsdp.state_dict_type).rpartition('.')[2]}: the Trainer saves a model for "
             "FULL_STATE_DICT alone; set that in the accelerate configuration"
         )
+    if run.deepspeed_plugin is not None and run.max_nan_steps:
+        raise UserError(f"--max_nan_steps {run.max_nan_steps}: DeepSpeed can leave no step out; give 0")
 
 
 @contextmanager

@@ -1,12 +1,9 @@
-"""Progress of a run as plain lines, for output that goes to a file instead of a terminal; and a guard on the loss."""
+"""Progress of a run as plain lines, for output that goes to a file instead of a terminal."""
 
-import math
 import sys
 import time
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from finetune.arguments import UserError
 
 
 class ProgressLines(TrainerCallback):
@@ -33,13 +30,3 @@ class ProgressLines(TrainerCallback):
         else:
             return
         print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr, flush=True)
-
-
-class StopAtBrokenLoss(TrainerCallback):
-    """Ends a run whose loss is no longer a number: nothing that follows could be of use."""
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **_) -> None:
-        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning_rate or warm up longer"
-            )

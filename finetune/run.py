@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator, set_seed
+from transformers import PreTrainedModel, TrainerState, default_data_collator, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
@@ -34,6 +34,7 @@ from finetune.arguments import (
     parse_arguments,
 )
 from finetune.data import Rows, embedded_files, make_rows
+from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
@@ -41,14 +42,15 @@ from finetune.output import (
     METRICS,
     CompleteCheckpoints,
     disk_full_message,
-    is_disk_full,
     prepare_output,
+    record_run,
     save_finished_model,
-    write_json,
 )
-from finetune.progress import ProgressLines, StopAtBrokenLoss
-from finetune.segments import EVALUATED_WITH, Segments, SegmentTrainer
+from finetune.progress import ProgressLines
+from finetune.resume import run_contents, run_settings, weights_fingerprint
+from finetune.segments import EVALUATED_WITH, Segments
 from finetune.throughput import Throughput, device_peak
+from finetune.trainer import LandmarkSegmentTrainer, LandmarkTrainer
 
 EXIT_INTERRUPTED = 130
 
@@ -57,6 +59,8 @@ def main(argv: list[str]) -> None:
     model_args, data_args, run_args, adapter_args = parse_arguments(argv)
     try:
         finetune(model_args, data_args, run_args, adapter_args)
+    except UserError:
+        raise
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -74,16 +78,21 @@ def finetune(
     _set_up_process(run_args)
     check_distribution(run_args, data_args.segments)
     with run_args.main_process_first(desc="preparing the data"):
-        resume_from = prepare_output(model_args, data_args, run_args, adapter_args)
+        settings = run_settings(model_args, data_args, run_args, adapter_args)
+        sources = [name for name in (model_args.model_name_or_path, model_args.tokenizer_name) if name]
+        resume_from = prepare_output(settings, run_args, sources)
         embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None
         tokenizer = load_tokenizer(model_args, data_args, embedded)
         with whole_weights(run_args):
             model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
+        # Process 0 alone compares, and with FSDP holds the weights alone.
+        weights = weights_fingerprint(model) if run_args.process_index == 0 else ""
         if adapter_args.lora_rank:
             model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
         block_size, landmark_token_id = model_args.block_size_of(model.config)
         segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
         rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed, segments)
+        record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
     if run_args.process_index == 0:
         trained = model.num_parameters(only_trainable=True)
         print(f"{rows.describe()}; {model.num_parameters():,} parameters, {trained:,} of them trained")
@@ -119,9 +128,9 @@ def _make_trainer(
     run_args: RunArguments,
     throughput: Throughput,
     segments: Segments | None,
-) -> Trainer:
+) -> LandmarkTrainer:
     keep, run_args.save_total_limit = run_args.save_total_limit, None
-    trainer_class = Trainer if segments is None else partial(SegmentTrainer, segments=segments)
+    trainer_class = LandmarkTrainer if segments is None else partial(LandmarkSegmentTrainer, segments=segments)
     trainer = trainer_class(
         model=model,
         args=run_args,
@@ -129,7 +138,7 @@ def _make_trainer(
         eval_dataset=rows.heldout,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[CompleteCheckpoints(keep), StopAtBrokenLoss()],
+        callbacks=[CompleteCheckpoints(keep)],
     )
     trainer.callback_handler.callbacks.insert(0, throughput)  # what it adds to the log, trackers and lines are to have
     if run_args.disable_tqdm:
@@ -138,7 +147,7 @@ def _make_trainer(
     return trainer
 
 
-def _had_finished_training(trainer: Trainer, checkpoint: str | None) -> bool:
+def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> bool:
     """Whether `checkpoint` is the one after the last step, in which case it is loaded: the Trainer would add a step."""
     if checkpoint is None:
         return False
@@ -153,7 +162,7 @@ def _had_finished_training(trainer: Trainer, checkpoint: str | None) -> bool:
     return finished
 
 
-def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:
+def _metrics(trainer: LandmarkTrainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "train_loss": losses[-1] if losses else None,
@@ -165,7 +174,9 @@ def _metrics(trainer: Trainer, eval_loss: float, rows: Rows, model: PreTrainedMo
         "eval_rows": len(rows.heldout),
         "ordinary_tokens_per_row": rows.row_tokens,
         "data_fingerprint": rows.fingerprint,
-        "bad_rows_skipped": rows.bad_rows,
+        # a stream's are counted by the process that reads it: by none of these where workers do
+        "bad_rows_skipped": None if rows.train_rows is None and trainer.args.dataloader_num_workers else rows.bad_rows,
+        "steps_skipped": trainer.skipped_steps,
         "parameters": model.num_parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),
         "torch": torch.__version__,

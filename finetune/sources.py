@@ -6,8 +6,10 @@ A subset is what is mixed as one. Without `--mixture` there is one, of everythin
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from zlib import crc32
 
 import datasets
 
@@ -115,6 +117,24 @@ def read_shard(shard: Shard, in_rows: str | None = None) -> Iterator[Outcome]:
 def fingerprint(**what: object) -> str:
     """A name for everything that `what` says; another name where any of it differs."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def describe_files(subsets: list[Subset]) -> str:
+    """How many files there are, their size and last change, in one line; a hub data set's name and commit."""
+    stamps = {stamp for subset in subsets for stamp in subset.stamps}
+    hub = [name for name, _, _ in stamps if name.startswith(HUB)]
+    if hub:
+        return hub[0]
+    changed = datetime.fromtimestamp(max(time for _, _, time in stamps) // 10**9, timezone.utc)
+    return (
+        f"{len(stamps)} of {sum(size for _, size, _ in stamps):,} bytes, last changed {changed:%Y-%m-%d %H:%M:%S} UTC"
+    )
+
+
+def stamped_by_content(subset: Subset) -> Subset:
+    """The same files under names that say what is in them, not where they lie and since when."""
+    files = [Path(name) for name, _, _ in subset.stamps]
+    return replace(subset, stamps=tuple((file.name, file.stat().st_size, crc32(file.read_bytes())) for file in files))
 
 
 def _stamp(file: Path) -> Stamp:

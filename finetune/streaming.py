@@ -33,19 +33,20 @@ def training_stream(
     seed: int,
     *,
     shuffle_buffer: int,
-    skip_bad_rows: bool,
+    skipped: set[str] | None,
     heldout_share: float,
 ) -> datasets.IterableDataset:
     """Training rows without end, mixed by the subsets' weights and shuffled through a buffer.
 
     Args:
         shuffle_buffer: rows that are held and drawn from; the order of the files is shuffled beside.
+        skipped: gets what is wrong with each bad row that is left out; None: the first one ends the stream.
         heldout_share: share of the documents that are left out, for `heldout_rows`.
 
     Raises:
-        UserError: a subset fills no row (at once), or a row is bad and `skip_bad_rows` is not given (when it is met).
+        UserError: a subset fills no row (at once), or a row is bad and `skipped` is None (when it is met).
     """
-    read = partial(_stream, tokenizer=tokenizer, packing=packing, skip_bad_rows=skip_bad_rows)
+    read = partial(_stream, tokenizer=tokenizer, packing=packing, skipped=skipped)
     streams = [read(subset, split=("train", heldout_share, seed)) for subset in subsets]
     _check_filled(streams, subsets, packing, "training", "")
     mixed = _mixed([stream.repeat(None) for stream in streams], subsets, seed)
@@ -59,17 +60,17 @@ def heldout_rows(
     packing: Packing,
     seed: int,
     *,
-    skip_bad_rows: bool,
+    skipped: set[str] | None,
     heldout_share: float,
     max_rows: int,
 ) -> list[dict[str, torch.Tensor]]:
     """The first `max_rows` rows of the documents that `training_stream` leaves out, in the subsets' shares.
 
     Raises:
-        UserError: they fill no row, or a row is bad and `skip_bad_rows` is not given.
+        UserError: they fill no row, or a row is bad and `skipped` is None.
     """
     split = ("heldout", heldout_share, seed)
-    streams = [_stream(subset, tokenizer, packing, skip_bad_rows, split) for subset in subsets]
+    streams = [_stream(subset, tokenizer, packing, skipped, split) for subset in subsets]
     _check_filled(streams, subsets, packing, "held-out", " or a larger --heldout_share")
     return [_tensors(row, packing) for row in _mixed(streams, subsets, seed).take(max_rows)]
 
@@ -101,7 +102,7 @@ def _stream(
     subset: Subset,
     tokenizer: PreTrainedTokenizerBase,
     packing: Packing,
-    skip_bad_rows: bool,
+    skipped: set[str] | None,
     split: tuple[str, float, int],
 ) -> datasets.IterableDataset:
     """A subset's rows, once, file by file."""
@@ -109,7 +110,7 @@ def _stream(
     return datasets.IterableDataset.from_generator(
         _packed,
         features=_FEATURES,
-        gen_kwargs={"shards": subset.shards(), "skip_bad_rows": skip_bad_rows, **settings},
+        gen_kwargs={"shards": subset.shards(), "skipped": skipped, **settings},
     )
 
 
@@ -118,27 +119,28 @@ def _packed(
     in_rows: str | None,
     tokenizer: PreTrainedTokenizerBase,
     packing: Packing,
-    skip_bad_rows: bool,
+    skipped: set[str] | None,
     split: tuple[str, float, int],
 ) -> Iterator[dict[str, bytes]]:
     """`split` is which part to take ("train" or "heldout"), the share that is held out, and the seed."""
     part, share, seed = split
     for shard in shards:
-        texts = _good_texts(shard, in_rows, skip_bad_rows)
+        texts = _good_texts(shard, in_rows, skipped)
         taken = (text for text in texts if not share or is_held_out(text, share, seed) == (part == "heldout"))
         for pieces in packing.pack(tokenise(taken, tokenizer)):
             lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
             yield {"tokens": np.concatenate(pieces).tobytes(), "lengths": lengths.tobytes()}
 
 
-def _good_texts(shard: Shard, in_rows: str | None, skip_bad_rows: bool) -> Iterator[str]:
+def _good_texts(shard: Shard, in_rows: str | None, skipped: set[str] | None) -> Iterator[str]:
     for text, problem in read_shard(shard, in_rows):
         if problem is None:
             yield text
-        elif skip_bad_rows:
-            _logger.warning("skipped: %s", problem)
-        else:
+        elif skipped is None:
             raise UserError(f"{problem}; --skip_bad_rows names such rows and goes on")
+        elif problem not in skipped:  # a stream meets it once each time it starts again
+            skipped.add(problem)
+            _logger.warning("skipped: %s", problem)
 
 
 def _tensors(row: dict[str, bytes], packing: Packing) -> dict[str, torch.Tensor]:

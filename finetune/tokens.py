@@ -11,6 +11,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from finetune.arguments import UserError
+from finetune.disk import is_disk_full
 from finetune.sources import Shard, Subset, fingerprint, read_shard
 
 # Texts are tokenised so many at a time, by all cores at once, or fewer where they are long: that bounds the memory.
@@ -55,11 +56,12 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.nda
 
 def tokenised_subset(
     subset: Subset, tokenizer: PreTrainedTokenizerBase, skip_bad_rows: bool, workers: int
-) -> tuple[datasets.Dataset, int]:
-    """All documents of a subset as ids, and how many rows were bad; from the cache of `datasets` if it is there.
+) -> tuple[datasets.Dataset, list[str]]:
+    """All documents of a subset as ids, and the bad rows; from the cache of `datasets` if it is there.
 
     Returns:
-        A data set with the columns `input_ids` (end-of-sequence last) and `length`, a row a document; and the count.
+        A data set with the columns `input_ids` (end-of-sequence last) and `length`, a row a document; and what is wrong
+        with each bad row.
 
     Raises:
         UserError: a row is bad and `skip_bad_rows` is not given, or there is no good row.
@@ -75,6 +77,11 @@ def tokenised_subset(
             writer_batch_size=WRITTEN_TOGETHER,
         )
     except datasets.exceptions.DatasetGenerationError as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"the tokens do not fit on the disk of {datasets.config.HF_DATASETS_CACHE}: make room there, set "
+                "HF_DATASETS_CACHE to a folder on another disk, or give --streaming true"
+            ) from error
         raise UserError(f"the data cannot be read: {error.__cause__ or error}") from error
     lengths = rows.with_format("numpy")["length"][:]
     good = np.flatnonzero(lengths)
@@ -84,7 +91,7 @@ def tokenised_subset(
         raise UserError(f"{problems[0]}{more}; --skip_bad_rows counts such rows and goes on")
     if not len(good):
         raise UserError(f"no document in {subset.describe()}: not a single good row")
-    return rows.select(good).remove_columns("problem"), len(problems)
+    return rows.select(good).remove_columns("problem"), problems
 
 
 def _token_rows(shards: list[Shard], in_rows: str | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
@@ -111,13 +118,14 @@ def tokens_fingerprint(subset: Subset, tokenizer: PreTrainedTokenizerBase) -> st
     return fingerprint(
         stamps=subset.stamps,
         in_rows=subset.in_rows,
-        tokenizer=_tokenizer_state(tokenizer),
+        tokenizer=tokenizer_state(tokenizer),
         code=_code_version(),
         versions=(tokenizers.__version__, datasets.__version__),
     )
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for what the tokenizer does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else datasets.fingerprint.Hasher.hash(tokenizer)
     return f"{type(tokenizer).__name__} {tokenizer.eos_token_id} {hashlib.sha256(state.encode()).hexdigest()}"

@@ -142,22 +142,6 @@ def test_a_run_interrupted_after_its_last_step_only_evaluates_and_saves(
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_what_the_next_start_goes_on_from(
-    base: Path, data: Path, finished: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, str(ROOT / "finetune" / "run.py"), *flags(base, data, tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoints(tmp_path) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(tmp_path) and not (tmp_path / METRICS).exists()
-    main(flags(base, data, tmp_path))
-    assert same_weights(tmp_path, finished)
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_one_sentence(base: Path, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "finetune" / "run.py"), *flags(base, data, tmp_path, "--max_steps", "100000")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

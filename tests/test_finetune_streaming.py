@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -142,13 +144,29 @@ def test_a_damaged_row_or_vanished_file_stops_a_stream_unless_it_may_be_skipped(
     with pytest.raises(UserError, match=r"1.jsonl, line 31: not JSON; --skip_bad_rows"):
         first(stream_of(tmp_path, tokenizer), 100)
     rows = stream_of(tmp_path, tokenizer, skip_bad_rows=True)
-    caplog.clear()
-    assert len(first(rows, 70)) == 70
-    assert {record.getMessage() for record in caplog.records} == {f"skipped: {path}, line 31: not JSON"}
+    assert len(first(rows, 200)) == 200  # each file several times
+    assert [record.getMessage() for record in caplog.records] == [f"skipped: {path}, line 31: not JSON"]
+    assert rows.bad_rows == 1
     path.unlink()
-    caplog.clear()
     first(rows, 70)
-    assert f"skipped: {path}: the file was there and is gone" in [record.getMessage() for record in caplog.records]
+    assert caplog.records[-1].getMessage() == f"skipped: {path}: the file was there and is gone"
+    assert rows.bad_rows == 2
+
+
+def test_a_compressed_file_that_breaks_off_stops_a_stream_unless_it_may_be_skipped(
+    tmp_path: Path, tokenizer, small_shards
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    write_numbered(tmp_path, files=1)
+    path = tmp_path / "broken.jsonl.zst"
+    content = b"".join(json.dumps({"text": os.urandom(400).hex()}).encode() + b"\n" for _ in range(300))
+    path.write_bytes(zstandard.compress(content)[:90_000])
+    problem = rf"{path}: cannot be read \(after line \d+"
+    with pytest.raises(UserError, match=problem):
+        first(stream_of(tmp_path, tokenizer), 4000)
+    rows = stream_of(tmp_path, tokenizer, skip_bad_rows=True)
+    assert len(first(rows, 4000)) == 4000
+    assert rows.bad_rows == 1 and re.match(problem, *rows.problems)
 
 
 def test_streams_that_fill_no_row_are_refused_at_once(tmp_path: Path, tokenizer) -> None:
@@ -216,6 +234,36 @@ def test_a_streamed_run_that_was_interrupted_resumes_bit_for_bit(base, data, tmp
 def test_a_stream_without_max_steps_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--streaming true needs --max_steps"):
         main(flags(base, data, tmp_path, "--max_steps", "-1"))
+
+
+@pytest.mark.parametrize("left", [3, 0])
+@pytest.mark.parametrize("skip", ["false", "true"])
+def test_files_that_vanish_while_a_run_streams_them_end_it_or_are_counted(
+    left: int, skip: str, base: Path, tmp_path: Path, small_shards, monkeypatch
+) -> None:
+    write_numbered(tmp_path / "data")
+    step = Trainer.training_step
+
+    def step_and_delete(self, *args, **settings):
+        for file in sorted((tmp_path / "data").iterdir())[left:]:
+            file.unlink()
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(Trainer, "training_step", step_and_delete)
+    arguments = flags(base, tmp_path / "data", tmp_path / "run")
+    del arguments[arguments.index("--mixture") :]  # one subset of all files
+    arguments += ["--skip_bad_rows", skip, "--max_steps", "40", "--save_steps", "100"]
+    arguments += ["--per_device_train_batch_size", "8"]
+    if skip == "false":
+        with pytest.raises(UserError, match=r"data/\d.jsonl: the file was there and is gone; --skip_bad_rows"):
+            main(arguments)
+    elif left == 0:
+        with pytest.raises(UserError, match=r"--data: no row is left to read at step \d+: put the files back"):
+            main(arguments)
+    else:
+        main(arguments)
+        metrics = json.loads((tmp_path / "run" / METRICS).read_text())
+        assert metrics["steps"] == 40 and metrics["bad_rows_skipped"] == 1
 
 
 @pytest.mark.slow
