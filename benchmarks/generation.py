@@ -33,6 +33,7 @@ from benchmarks.measure import (
     PeakMemory,
     ResultsFile,
     Stopwatch,
+    exit_with,
     imported,
     isolated,
     machine,
@@ -253,16 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     model, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(argv)
     benchmark = GenerationBenchmark(model, args)
     benchmark.run()
-    print(benchmark.results.path)
-    if benchmark.results.failures:
-        print(benchmark.results.failed_path)
-    return 1 if benchmark.results.failures else 0
+    return benchmark.results.report()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"benchmarks: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks: interrupted; the rows of finished lengths are kept")
+    exit_with(main, kept="the rows of finished lengths")

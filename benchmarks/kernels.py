@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
 
 from benchmarks.checks import check_attention, check_reading
-from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, imported, machine, statistics_of, versions
+from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, exit_with, imported, machine, statistics_of, versions
 from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config
 from landmark_llama import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
@@ -350,16 +350,8 @@ def main(argv: list[str] | None = None) -> int:
         measure(args, length, attentions, rates, results)
     for length in args.reading_lengths:
         measure_reading(args, length, reading, rates, results)
-    print(results.path)
-    if results.failures:
-        print(results.failed_path)
-    return 1 if results.failures else 0
+    return results.report()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"benchmarks: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks: interrupted; the rows of finished lengths are kept")
+    exit_with(main, kept="the rows of finished lengths")

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import transformers
@@ -200,6 +200,31 @@ class ResultsFile:
         self.failures += 1
         self._append(self.failed_path, {**row, "reason": reason})
 
+    def report(self) -> int:
+        """Prints where the rows are; the command's exit code: 1 if something could not be measured."""
+        print(self.path)
+        if self.failures:
+            print(self.failed_path)
+        return 1 if self.failures else 0
+
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, **self._common}) + "\n")
+
+
+def exit_with(
+    main: Callable[[], int], kept: str | None = None, mistakes: tuple[type[Exception], ...] = (ValueError,)
+) -> NoReturn:
+    """Runs a benchmark as a command: a user's mistake becomes one sentence, and so does an interruption.
+
+    Args:
+        main: returns the exit code.
+        kept: what has been written when it is interrupted.
+        mistakes: what a user's mistake raises.
+    """
+    try:
+        sys.exit(main())
+    except mistakes as error:
+        sys.exit(f"benchmarks: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"benchmarks: interrupted{f'; {kept} are kept' if kept else ''}")

@@ -23,7 +23,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from benchmarks.measure import MeasurementFailed, ResultsFile, Stopwatch, isolated, machine, statistics_of, versions
+from benchmarks.measure import (
+    MeasurementFailed,
+    ResultsFile,
+    Stopwatch,
+    exit_with,
+    isolated,
+    machine,
+    statistics_of,
+    versions,
+)
 from finetune.arguments import UserError
 from finetune.sources import find_subsets, read_shard
 
@@ -180,16 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, or 1 if something could not be measured."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     results = run(args)
-    print(results.path)
-    if results.failures:
-        print(results.failed_path)
-    return 1 if results.failures else 0
+    return results.report()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, UserError) as error:
-        sys.exit(f"benchmarks: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks: interrupted")
+    exit_with(main, mistakes=(ValueError, UserError))

@@ -26,6 +26,7 @@ from benchmarks.measure import (
     MeasurementFailed,
     ResultsFile,
     Stopwatch,
+    exit_with,
     isolated,
     machine,
     statistics_of,
@@ -165,16 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, or 1 if something could not be measured."""
     model, args = HfArgumentParser((TrainedModelArguments, Arguments)).parse_args_into_dataclasses(argv)
     results = run(model, args)
-    print(results.path)
-    if results.failures:
-        print(results.failed_path)
-    return 1 if results.failures else 0
+    return results.report()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"benchmarks: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks: interrupted; the rows of finished batch sizes are kept")
+    exit_with(main, kept="the rows of finished batch sizes")

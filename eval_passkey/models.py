@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import landmark_llama
 from eval_passkey.task import InputError
-
-RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "retrieval_granularity", "local_attention")
+from landmark_llama.configuration import RETRIEVAL_SETTINGS
 
 _IDENTIFYING_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.bin")
 _DIGEST_PIECE = 1 << 16  # bytes
@@ -42,7 +41,7 @@ class Subject:
     @property
     def retrieval_settings(self) -> dict:
         """How a landmark model reads a long text; empty for others."""
-        names = (*RETRIEVAL_SETTINGS, "num_local_blocks", "block_size") if self.is_landmark else ()
+        names = (*RETRIEVAL_SETTINGS, "block_size") if self.is_landmark else ()
         return {name: getattr(self.config, name) for name in names}
 
 

@@ -58,6 +58,9 @@ class Arguments:
     )
     device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
     num_retrieved_blocks: int | None = field(default=None, metadata={"help": "Landmark model: blocks a query reads."})
+    num_local_blocks: int | None = field(
+        default=None, metadata={"help": "Landmark model: blocks before a query's own that it reads directly."}
+    )
     retrieval_granularity: str | None = field(
         default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
     )

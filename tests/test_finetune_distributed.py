@@ -131,15 +131,20 @@ def test_every_accelerate_configuration_is_one_that_accelerate_knows(name: str, 
     assert len(list(ACCELERATE.glob("*.yaml"))) == 4
 
 
+def run_with(**settings: object) -> SimpleNamespace:
+    """What `check_distribution` looks at, of a run on one device unless said otherwise."""
+    return SimpleNamespace(**{"deepspeed_plugin": None, "n_gpu": 1, "max_nan_steps": 0, **settings})
+
+
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_fsdp_that_could_not_save_the_model_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind, cpu_ram_efficient_loading=False)
     monkeypatch.setattr(distributed, "fsdp_settings", lambda run: plugin)
     if kind == "FULL_STATE_DICT":
-        distributed.check_distribution(None)
+        distributed.check_distribution(run_with())
     else:
         with pytest.raises(UserError, match="fsdp_state_dict_type SHARDED_STATE_DICT: .* FULL_STATE_DICT alone"):
-            distributed.check_distribution(None)
+            distributed.check_distribution(run_with())
 
 
 @pytest.mark.parametrize(("deepspeed", "gpus"), [(object(), 1), (None, 2)])
@@ -147,10 +152,17 @@ def test_segments_are_refused_where_a_batch_has_one_backward_or_one_process_seve
     deepspeed: object, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "fsdp_settings", lambda run: None)
-    run = SimpleNamespace(deepspeed_plugin=deepspeed, n_gpu=gpus)
+    run = run_with(deepspeed_plugin=deepspeed, n_gpu=gpus)
     distributed.check_distribution(run)
     with pytest.raises(UserError, match="--segments 2: .*(use DDP|accelerate launch)"):
         distributed.check_distribution(run, segments=2)
+
+
+def test_deepspeed_is_refused_where_a_step_may_have_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "fsdp_settings", lambda run: None)
+    distributed.check_distribution(run_with(max_nan_steps=3))
+    with pytest.raises(UserError, match="--max_nan_steps 3: DeepSpeed can leave no step out"):
+        distributed.check_distribution(run_with(deepspeed_plugin=object(), max_nan_steps=3))
 
 
 def test_fsdp_wraps_the_layer_that_there_is() -> None:

@@ -220,12 +220,15 @@ def test_a_model_that_lacks_memory_skips_the_length_but_other_errors_are_not_hid
 
 
 def test_a_landmark_model_runs_with_retrieval_settings_of_the_command(landmark, dense, tmp_path):
-    settings = ("--num_retrieved_blocks", "2", "--retrieval_granularity", "head", "--local_attention", "chunked")
+    settings = (
+        "--num_retrieved_blocks", "2", "--num_local_blocks", "1", "--retrieval_granularity", "head",
+        "--local_attention", "chunked",
+    )  # fmt: skip
     arguments = ("--baseline", str(dense), "--lengths", "600", "--samples", "2")
     assert command(landmark, tmp_path, *arguments, *settings) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     retrieval = summary["settings"]["retrieval"]
-    assert [retrieval[name] for name in run.RETRIEVAL_SETTINGS] == [2, "head", "chunked"]
+    assert [retrieval[name] for name in run.RETRIEVAL_SETTINGS] == [2, 1, "chunked", "head"]
     assert summary["training_context"] == 128
     assert json.loads((tmp_path / "baseline/summary.json").read_text())["settings"]["retrieval"] == {}
     with pytest.raises(InputError, match=r"settings\.retrieval\.num_retrieved_blocks was 2 and is 3"):

@@ -19,7 +19,7 @@ from landmark_llama.streaming import QueryGroups, attend_through_table
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from landmark_llama.attention import triton_table
+from landmark_llama.attention import triton_table, triton_tiles
 from landmark_llama.attention.triton_rows import QueryRows
 from landmark_llama.attention.triton_selection import select_blocks
 from landmark_llama.attention.triton_table import Tile, attend_table, supported
@@ -362,7 +362,7 @@ def test_a_tile_that_the_chip_has_no_room_for_gives_way_to_the_next(monkeypatch:
 
     attend_in_tiles = triton_table._attend_in_tiles
     monkeypatch.setattr(triton_table, "_attend_in_tiles", scarce)
-    monkeypatch.setattr(triton_table, "_too_large", set())
+    monkeypatch.setattr(triton_tiles, "_too_large", set())
     for _ in range(2):  # what was too large is not tried again
         assert torch.equal(attend_table(*arguments, **settings), expected)
     assert [tile.stages for tile in tried] == [3, 2, 1, 1]

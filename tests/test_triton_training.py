@@ -12,8 +12,10 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 from landmark_llama import landmark_attention
-from landmark_llama.attention import fused, landmark_attention_reference, triton_training
+from landmark_llama.attention import fused, landmark_attention_reference, triton_tiles, triton_training
 from landmark_llama.attention.fused import Tile, fused_landmark_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,7 +179,7 @@ def test_torch_compile_and_activation_checkpointing_give_the_same(use_tile) -> N
 def test_a_tile_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     small, too_large = Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)
     monkeypatch.setattr(fused, "tiles", lambda *_: (too_large, small))
-    monkeypatch.setattr(fused, "_too_large", set())
+    monkeypatch.setattr(triton_tiles, "_too_large", set())
     kernels = {name: getattr(triton_training, f"{name}_kernel") for name in fused.TILES}
 
     class Scarce:
@@ -189,7 +191,7 @@ def test_a_tile_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*args, **constants) -> None:
                 if constants["N"] == too_large.keys:
-                    raise fused.OutOfResources(300_000, 232_448, "shared memory")
+                    raise OutOfResources(300_000, 232_448, "shared memory")
                 kernels[self.name][grid](*args, **constants)
 
             return launch

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from landmark_llama.attention import triton_training
+from landmark_llama.attention.triton_tiles import launch_largest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -48,9 +48,6 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
 }
 # float32 is multiplied in full precision, without tensor cores, and keeps whole rows in registers: small tiles
 FLOAT32_TILES = (Tile(16, 16, 4, 1),)
-
-# tiles that a device could not take, so that they are not compiled for it again
-_too_large: set[tuple[Any, ...]] = set()
 
 
 def fused_landmark_attention(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
@@ -217,25 +214,20 @@ def _launch(
     query, key = pointers[:2]
     kernel = getattr(triton_training, f"{name}_kernel")
     lengths = (query.shape[1], query.shape[1] // max(key.shape[1], 1), query.shape[2], key.shape[2])
-    for tile in tiles(name, query.shape[3], query.dtype):
-        what = (name, tile, query.shape[3], query.dtype, block_size, query.device)
+
+    def launch(tile: Tile) -> None:
         count = programs(tile)
         if count == 0:
             return
-        if what in _too_large:
-            continue
-        try:
-            with torch.cuda.device_of(query):
-                kernel[(count,)](
-                    *pointers,
-                    *(x.stride() for x in strided),
-                    *lengths,
-                    *scales,
-                    **constants(block_size, query.shape[3], tile),
-                    num_warps=tile.warps,
-                    num_stages=tile.stages,
-                )
-            return
-        except OutOfResources:
-            _too_large.add(what)
-    raise ValueError(f"query has head_dim {query.shape[3]} in {query.dtype}: {query.device} lacks the shared memory")
+        with torch.cuda.device_of(query):
+            kernel[(count,)](
+                *pointers,
+                *(x.stride() for x in strided),
+                *lengths,
+                *scales,
+                **constants(block_size, query.shape[3], tile),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+
+    launch_largest(tiles(name, query.shape[3], query.dtype), launch, query, name, block_size)

@@ -13,16 +13,16 @@ the logsumexp of its tokens, and the softmax inside the block over its values (`
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.triton_rows import LOG2_E, QueryRows, load_queries, padded, shared_memory, turn
+from landmark_llama.attention.triton_tiles import launch_largest
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -58,10 +58,6 @@ class Tile(NamedTuple):
                 if rows <= most and needed <= memory:
                     found.append(cls(rows, 8 if rows * max(columns, head_dim) >= 64 * 128 else 4, stages))
         return found
-
-
-# tiles that a device had no room for after all, by what they were compiled for
-_too_large: set[tuple[Any, ...]] = set()
 
 
 def supported(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> bool:
@@ -340,19 +336,17 @@ def attend_table(
     Raises:
         ValueError: if the chip has no room for the smallest tile (`supported` says so beforehand).
     """
-    head_dim, queries = query.shape[-1], rows.position.shape[2]
+    queries, memory = rows.position.shape[2], shared_memory(query.device)
     alike = one_block and (choice is None or choice.shape[4] == 1)
-    memory = shared_memory(query.device)
     settings = {"one_block": one_block, "block_size": block_size, "rotary": rotary, "scale": scale}
-    for tile in Tile.choices(queries, alike, block_size, head_dim, query.element_size(), memory):
-        what = (tile, alike, block_size, head_dim, query.dtype, query.device)
-        if what in _too_large:
-            continue
-        try:
-            return _attend_in_tiles(tile, query, key, value, rows, choice, **settings)
-        except OutOfResources:
-            _too_large.add(what)
-    raise ValueError(f"query has head_dim {head_dim} in {query.dtype}: {query.device} lacks the shared memory")
+    return launch_largest(
+        Tile.choices(queries, alike, block_size, query.shape[-1], query.element_size(), memory),
+        lambda tile: _attend_in_tiles(tile, query, key, value, rows, choice, **settings),
+        query,
+        "attend_table",
+        alike,
+        block_size,
+    )
 
 
 def _attend_in_tiles(
