@@ -18,9 +18,8 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 
-SCORES_AT_ONCE = (
-    1 << 21
-)  # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
+# scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
+SCORES_AT_ONCE = 1 << 21
 # scores whose exponentials, and the shares made of them, stay far from the largest and the smallest number of fp32
 SMALL_SCORE = 30.0
 
