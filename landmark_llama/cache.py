@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.decoding_graphs import DecodingGraphs
 from landmark_llama.storage import BlockStorage, DeviceStorage
 
 
@@ -54,6 +55,9 @@ class LandmarkCache(Cache):
     Args:
         config: of the model it is for.
         storage: makes the storage of one layer, given the block size; by default the model's device.
+        cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
+            (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used. Elsewhere
+            it changes nothing.
 
     Example:
 
@@ -63,11 +67,18 @@ class LandmarkCache(Cache):
         cache.crop(-20)                                                      # forgets the last 20 columns
     """
 
-    def __init__(self, config: LandmarkLlamaConfig, storage: Callable[[int], BlockStorage] = DeviceStorage) -> None:
+    def __init__(
+        self,
+        config: LandmarkLlamaConfig,
+        storage: Callable[[int], BlockStorage] = DeviceStorage,
+        *,
+        cuda_graphs: bool = False,
+    ) -> None:
         if not isinstance(config, LandmarkLlamaConfig):
             raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
         self.block_size = config.block_size
         self._make_storage = storage
+        self.graphs = DecodingGraphs() if cuda_graphs else None
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
 

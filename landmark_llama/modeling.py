@@ -9,6 +9,7 @@ and out of the text in here.
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -255,15 +256,26 @@ class LandmarkLlamaModel(LlamaModel):
             states = self._embed(content, layout.source.gather(1, column.clamp_max(layout.source.shape[1] - 1)))
             local = output - begin
             row, place = ((local >= 0) & (local < chunk.length.to(content.device).unsqueeze(1))).nonzero(as_tuple=True)
-            *layers, last = self.layers
-            through = {"past_key_values": cache, "rotary": rotary, "groups": groups, "settings": settings}
-            for layer in layers:
-                states = layer(states, **through)
-            # the last layer's output is read where it is kept, its keys and values in all later calls
-            states = last(states, remember_only=not len(row), **through)
+            through = {"past_key_values": cache, "rotary": rotary, "settings": settings}
+            if cache.graphs is None or not len(row):
+                # the last layer's output is read where it is kept, its keys and values in all later calls
+                states = self._through_layers(states, groups, remember_only=not len(row), **through)
+            else:
+                storages = [layer.storage for layer in cache.layers]
+                layers = partial(self._through_layers, **through)
+                states = cache.graphs.run(layers, states, groups, storages=storages, settings=settings, rotary=rotary)
             if len(row):
                 kept[row, place] = self.norm(states[row, local[row, place]])
         return kept
+
+    def _through_layers(
+        self, states: Tensor, groups: QueryGroups, *, remember_only: bool = False, **through: Any
+    ) -> Tensor | None:
+        """States (batch, columns, hidden_size) of a chunk, streamed; None, and no last output, with `remember_only`."""
+        *layers, last = self.layers
+        for layer in layers:
+            states = layer(states, groups=groups, **through)
+        return last(states, groups=groups, remember_only=remember_only, **through)
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:
         """Embeddings (batch, columns, hidden_size) of ids or embeddings `content`, laid out by `source`."""
@@ -416,13 +428,16 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             retrieval_granularity=retrieval_granularity,
         )
         states, loss = outputs.last_hidden_state, None
-        if labels is not None:
+        if labels is None:
+            logits = self.lm_head(states)
+        else:
             targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
-            loss = self._loss(states, targets, num_items_in_batch)
-            states = _keep_columns(states, logits_to_keep)
+            everything = isinstance(logits_to_keep, int) and not logits_to_keep
+            logits = self.lm_head(states if everything else _keep_columns(states, logits_to_keep))
+            loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=self.lm_head(states),
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
@@ -448,17 +463,20 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         # a row's first token is predicted from nothing, whether or not padding stands before it
         return labels[:, 1:].masked_fill(~real, -100)
 
-    def _loss(self, states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Mean cross-entropy of the next tokens; never holds the logits of more than one training context a row."""
+    def _loss(
+        self, states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, logits: Tensor | None
+    ) -> Tensor:
+        """Mean cross-entropy of the next tokens.
+
+        Without the `logits` of all `states` it never holds those of more than one training context a row.
+        """
         targets = targets.to(states.device)
         total = states.new_zeros((), dtype=torch.float32)
-        for part, target in zip(
-            states.split(self.config.train_context_length, dim=1),
-            targets.split(self.config.train_context_length, dim=1),
-            strict=True,
-        ):
-            logits = self.lm_head(part).float().flatten(0, 1)
-            total = total + nn.functional.cross_entropy(logits, target.flatten(), ignore_index=-100, reduction="sum")
+        length = self.config.train_context_length
+        parts = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+        for part, target in zip(parts, targets.split(length, dim=1), strict=True):
+            scores = part.float().flatten(0, 1)
+            total = total + nn.functional.cross_entropy(scores, target.flatten(), ignore_index=-100, reduction="sum")
         items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 

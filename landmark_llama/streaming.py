@@ -194,7 +194,7 @@ def attend_through_table(
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
-    if _kernels_take(query, storage, rotary, block_size):
+    if kernels_take(storage, query.dtype, rotary):
         settings = {"block_size": block_size, "rotary": rotary, "scale": scale}
         return _attend_with_kernels(query, storage, groups, num_retrieved_blocks, granularity, landmarks_tie, settings)
     grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
@@ -223,14 +223,14 @@ def attend_through_table(
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
 
 
-def _kernels_take(query: Tensor, storage: BlockStorage, rotary: RotaryTable, block_size: int) -> bool:
-    """Whether the GPU kernels can do the work of `attend_through_table`; where not, PyTorch does."""
-    if not (query.is_cuda and isinstance(storage, DeviceStorage) and triton_is_installed()):
+def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable) -> bool:
+    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does."""
+    if not (isinstance(storage, DeviceStorage) and storage.capacity and storage.key.is_cuda and triton_is_installed()):
         return False
     from landmark_llama.attention.triton_table import supported
 
-    one_dtype = query.dtype == storage.key.dtype and rotary.cos.dtype == torch.float32
-    return one_dtype and supported(query.dtype, query.shape[-1], block_size, query.device)
+    one_dtype = dtype == storage.key.dtype and rotary.cos.dtype == torch.float32
+    return one_dtype and supported(dtype, storage.key.shape[-1], storage.block_size, storage.key.device)
 
 
 def _attend_with_kernels(

@@ -318,7 +318,7 @@ def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeyp
     settings |= {"rotary": case.rotary, "scale": SCALE, "landmarks_tie": False}
     outputs = []
     for kernels in (False, True):
-        monkeypatch.setattr(streaming, "_kernels_take", lambda *_, kernels=kernels: kernels)
+        monkeypatch.setattr(streaming, "kernels_take", lambda *_, kernels=kernels: kernels)
         outputs.append(attend_through_table(case.query, case.storage, case.groups, **settings))
     real = case.groups.scatter(case.groups.valid)
     torch.testing.assert_close(outputs[1][real], outputs[0][real])
