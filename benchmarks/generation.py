@@ -50,7 +50,7 @@ from benchmarks.models import (
     random_text,
     shape_of,
 )
-from landmark_llama import LandmarkLlamaConfig
+from landmark_llama import LandmarkCache, LandmarkLlamaConfig
 
 CHECKED_LAYERS = 4  # of random weights: more layers compute nothing else, and large ones do not fit twice in float64
 QUANTITIES = ("prefill_seconds", "decode_ms_per_token", "peak_memory_mib")
@@ -73,6 +73,9 @@ class Arguments:
     repetitions: int = field(default=3, metadata={"help": "Processes per implementation and length."})
     dense: bool = field(default=True, metadata={"help": "Whether the dense model is measured, too."})
     against: str = field(default="", metadata={"help": "Another model to measure, as module:function."})
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "Whether the landmark model records its decoding steps and replays them."}
+    )
     slow_seconds: float = field(default=60.0, metadata={"help": "A prompt that takes longer is read only once."})
     warmup_tokens: int = field(
         default=0, metadata={"help": "Prompt read before the clock starts; 0: 1024 on a CPU, the whole one on a GPU."}
@@ -103,12 +106,14 @@ def measure(
     decode_tokens: int,
     warmup: int,
     against: str = "",
+    cuda_graphs: bool = False,
 ) -> dict[str, Any]:
     """One measurement, in the present process: reads `length` tokens, then generates `decode_tokens`, greedily.
 
     Args:
         implementation: `DENSE`, `AGAINST`, or one that begins with `LANDMARK`.
         against: what `AGAINST` is, as module:function.
+        cuda_graphs: whether the landmark model replays its decoding steps.
 
     Returns:
         The `QUANTITIES`, the decoding one as the median over the tokens, with `decode_ms` of each token.
@@ -121,12 +126,13 @@ def measure(
         model = load_model(args, config, implementation)
     text = random_text(args, config, length)
     landmark = config.landmark_token_id
+    recorded = cuda_graphs and implementation.startswith(LANDMARK)
     # PyTorch loads parts of itself at their first use, which is not the model's memory
-    _read_and_generate(model, text[:, :32], 4, landmark)
+    _read_and_generate(model, text[:, :32], 4, landmark, recorded)
     memory = PeakMemory(args.device)
     whole = torch.device(args.device).type == "cuda"
-    _read_and_generate(model, text[:, : warmup or (length if whole else 1024)], 4, landmark)
-    seconds, steps = _read_and_generate(model, text, decode_tokens, landmark)
+    _read_and_generate(model, text[:, : warmup or (length if whole else 1024)], 4, landmark, recorded)
+    seconds, steps = _read_and_generate(model, text, decode_tokens, landmark, recorded)
     milliseconds = [step * 1000 for step in steps]
     measured = (seconds, statistics.median(milliseconds), memory.mib())
     return {**dict(zip(QUANTITIES, measured, strict=True)), "decode_ms": milliseconds}
@@ -134,11 +140,12 @@ def measure(
 
 @torch.inference_mode()
 def _read_and_generate(
-    model: PreTrainedModel, text: torch.Tensor, new_tokens: int, landmark_token_id: int
+    model: PreTrainedModel, text: torch.Tensor, new_tokens: int, landmark_token_id: int, cuda_graphs: bool
 ) -> tuple[float, list[float]]:
     """Seconds to read `text` (1, length) in one call, and of each of the `new_tokens` steps after it."""
+    cache = LandmarkCache(model.config, cuda_graphs=True) if cuda_graphs else None
     watch, steps = Stopwatch(str(text.device)), []
-    outputs = model(text, use_cache=True, logits_to_keep=1)
+    outputs = model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = _greedy(outputs.logits, landmark_token_id)
     prefill = watch.lap()
     for _ in range(new_tokens):
@@ -171,6 +178,7 @@ class GenerationBenchmark:
             "model": Path(model.model).name if model.model else "random weights",
             "shape": shape_of(any_of_them),
             "dtype": model.dtype,
+            "cuda_graphs": args.cuda_graphs,
             "machine": machine(model.device, model.threads),
             "versions": versions(),
         }
@@ -223,7 +231,8 @@ class GenerationBenchmark:
 
     def _measure_once(self, name: str, length: int) -> dict[str, Any]:
         args = self.args
-        what = (self.model, self.configs[name], name, length, args.decode_tokens, args.warmup_tokens, args.against)
+        counts = (length, args.decode_tokens, args.warmup_tokens)
+        what = (self.model, self.configs[name], name, *counts, args.against, args.cuda_graphs)
         return isolated(measure, *what, threads=self.model.threads)
 
     def _add_row(

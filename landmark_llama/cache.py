@@ -56,8 +56,8 @@ class LandmarkCache(Cache):
         config: of the model it is for.
         storage: makes the storage of one layer, given the block size; by default the model's device.
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
-            (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used. Elsewhere
-            it changes nothing.
+            (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
+            Elsewhere it changes nothing.
 
     Example:
 

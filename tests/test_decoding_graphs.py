@@ -60,7 +60,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
     def attend(query: Tensor, storage: Any, groups: QueryGroups, **settings: Any) -> Tensor:
         # PyTorch counts candidates on the host, where a recorded step still has the number of its recording
-        return attend_through_table(query, storage, groups._replace(candidates=int(groups.first_block.max())), **settings)
+        groups = groups._replace(candidates=int(groups.first_block.max()))
+        return attend_through_table(query, storage, groups, **settings)
 
     monkeypatch.setattr(modeling, "attend_through_table", attend)
     monkeypatch.setattr(decoding_graphs, "kernels_take", lambda storage, *_: storage.capacity > 0)
@@ -100,7 +101,7 @@ def test_replayed_steps_give_the_logits_of_a_call(recorder: Recorder, settings: 
     expected = logits_in_calls(model, ids, [25, *[1] * 35])
     actual = logits_in_calls(model, ids, [25, *[1] * 35], cache=cache)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    # room is made for 10 blocks, later for 20; there, steps of one column and of two, each run once before it is recorded
+    # room is made for 10 blocks, later for 20; each time, steps of one column and of two are run once, then recorded
     assert recorder.recorded == 4 and recorder.replayed >= 35 - 2 * recorder.recorded
 
 
@@ -128,8 +129,8 @@ def test_beams_may_move_the_cache(recorder: Recorder) -> None:
 def test_what_waits_for_the_device_is_not_recorded(recorder: Recorder) -> None:
     model, ids = tiny_model(retrieval_granularity="token"), random_ids(1, 40)
     expected = logits_in_calls(model, ids, [30, *[1] * 10])
-    cache = cache_with(recorder, model.config)
-    torch.testing.assert_close(logits_in_calls(model, ids, [30, *[1] * 10], cache=cache), expected, rtol=1e-4, atol=1e-4)
+    actual = logits_in_calls(model, ids, [30, *[1] * 10], cache=cache_with(recorder, model.config))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert not recorder.recorded
 
 
