@@ -13,6 +13,7 @@ from finetune.retrieval_documents import RetrievalWriter, holds_reserved_number,
 from finetune.tokenizer import to_fast_tokenizer, train_sentencepiece
 
 DOCUMENTS = 3000
+TEMPLATES = sorted((Path(__file__).resolve().parents[1] / "eval_passkey").glob("template*.json"))
 FIVE_DIGITS = re.compile(r"(?=([0-9]{5}))")
 
 
@@ -42,15 +43,19 @@ def runs_of_four_words(text: str) -> set[tuple[str, ...]]:
     return set(zip(words, words[1:], words[2:], words[3:], strict=False))
 
 
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("part", [part for part in PARTS if part != "filler suffix"])
-def test_no_four_words_in_a_row_of_the_passkey_prompt_occur_in_the_training_text(part: str, text: str) -> None:
-    wording = load_template().text(part, key=12345)
+def test_no_four_words_in_a_row_of_the_passkey_prompt_occur_in_the_training_text(
+    part: str, path: Path, text: str
+) -> None:
+    wording = load_template(path).text(part, key=12345)
     # "is written down under" and the like would be a coincidence; there is none.
     assert runs_of_four_words(wording) and not runs_of_four_words(wording) & runs_of_four_words(text)
 
 
-def test_the_name_in_the_passkey_prompt_occurs_nowhere_in_the_training_text(text: str) -> None:
-    template = load_template()
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_name_in_the_passkey_prompt_occurs_nowhere_in_the_training_text(path: Path, text: str) -> None:
+    template = load_template(path)
     name = re.search(r"^the (\w+ \w+) number is", template.needle.lower())[1]
     assert name in template.question.lower() and name not in " ".join(words_of(text))
 
