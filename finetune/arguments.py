@@ -158,14 +158,6 @@ class RunArguments(TrainingArguments):
         default=0,
         metadata={"help": "leave out so many steps of a run whose loss or gradient is not finite; stop at one more"},
     )
-    landmark_noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "noise on landmark keys in the first steps, as a share of their length, so that landmarks learn to "
-            "tell blocks apart (docs/positions.md)"
-        },
-    )
-    landmark_noise_share: float = field(default=0.6, metadata={"help": "share of the steps that have it"})
     cpu_threads: int = field(
         default=0, metadata={"help": "threads of one process on a CPU; 0: all cores, shared evenly"}
     )
@@ -279,12 +271,6 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
     if run.max_nan_steps < 0:
         raise UserError(f"--max_nan_steps {run.max_nan_steps}: must be 0 or more")
-    if not run.landmark_noise >= 0:
-        raise UserError(f"--landmark_noise {run.landmark_noise}: must be 0 or more")
-    if not 0 < run.landmark_noise_share <= 1:
-        raise UserError(f"--landmark_noise_share {run.landmark_noise_share}: must lie between 0 and 1")
-    if run.landmark_noise and model.attention == "dense":
-        raise UserError(f"--landmark_noise {run.landmark_noise} needs --attention landmark: a dense LLaMA has none")
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: at least one row must be held (>= 1)")
     if data.mixture and data.data == ["embedded"]:

@@ -38,7 +38,6 @@ from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
-from finetune.noise import LandmarkNoiseSchedule
 from finetune.output import (
     METRICS,
     CompleteCheckpoints,
@@ -142,8 +141,6 @@ def _make_trainer(
         callbacks=[CompleteCheckpoints(keep)],
     )
     trainer.callback_handler.callbacks.insert(0, throughput)  # what it adds to the log, trackers and lines are to have
-    if run_args.landmark_noise:
-        trainer.add_callback(LandmarkNoiseSchedule(run_args.landmark_noise, run_args.landmark_noise_share))
     if run_args.disable_tqdm:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(ProgressLines())

@@ -30,7 +30,6 @@ from landmark_llama.conversion import checked_load, convert_llama
 from landmark_llama.documents import Documents, find_documents
 from landmark_llama.inputs import check_inputs, check_segment, check_streaming
 from landmark_llama.layout import Layout, compact, find_landmarks, lay_out
-from landmark_llama.noise import LandmarkNoise
 from landmark_llama.segments import Segment
 from landmark_llama.streaming import QueryGroups, attend_through_table
 
@@ -53,7 +52,6 @@ class LandmarkLlamaAttention(LlamaAttention):
         documents: Documents | None = None,
         segment: Segment | None = None,
         groups: QueryGroups | None = None,
-        noise: LandmarkNoise | None = None,
         remember_only: bool = False,
         position_ids: None = None,
         use_cache: None = None,
@@ -62,14 +60,12 @@ class LandmarkLlamaAttention(LlamaAttention):
 
         LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned, or hold
         `documents`, or are a `segment` of their texts. With `remember_only`, keys and values go to the cache and there
-        is no output. `noise` spares the first layer, whose landmark keys are all the same without it.
+        is no output.
         """
         batch, columns = hidden_states.shape[:2]
         shape = (batch, columns, -1, self.head_dim)
         key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
         query = None if remember_only else self.q_proj(hidden_states).view(shape)
-        if noise is not None and self.layer_idx:
-            key = noise.add_to(key)
         block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
         if segment is not None:
             output = segment.attend(query, key, value, layer_idx=self.layer_idx, rotary=rotary, scale=scale)
@@ -124,11 +120,7 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class LandmarkLlamaModel(LlamaModel):
-    """LLaMA's layers over landmarked rows, plain coordinates outside.
-
-    `landmark_noise`: in training mode, noise on landmark keys, as a share of their length (`landmark_llama/noise.py`).
-        Set by the training loop, which may change it from step to step; it is no part of the configuration.
-    """
+    """LLaMA's layers over landmarked rows, plain coordinates outside."""
 
     config_class = LandmarkLlamaConfig
     _no_split_modules = ["LandmarkLlamaDecoderLayer"]
@@ -145,7 +137,6 @@ class LandmarkLlamaModel(LlamaModel):
         for layer_idx in range(config.num_hidden_layers):
             self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
-        self.landmark_noise = 0.0
         self._rotary: RotaryTable | None = None
 
     def forward(
@@ -210,10 +201,7 @@ class LandmarkLlamaModel(LlamaModel):
             segment = Segment.of(layout, past_key_values, settings.num_retrieved_blocks)
         fits = past_key_values is None and int(layout.length.max()) <= self.config.train_context_length
         if fits or documents is not None or segment is not None:
-            noise = None
-            if self.training and self.landmark_noise:
-                noise = LandmarkNoise(self.landmark_noise, layout.source == length)
-            how = {"rotary": rotary, "documents": documents, "segment": segment, "settings": settings, "noise": noise}
+            how = {"rotary": rotary, "documents": documents, "segment": segment, "settings": settings}
             states, hidden_states = self._attend_to_all(content, layout, bool(output_hidden_states), **how)
             if segment is not None:
                 past_key_values.advance(real)
@@ -484,9 +472,12 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         """
         targets = targets.to(states.device)
         total = states.new_zeros((), dtype=torch.float32)
-        length = self.config.train_context_length
-        parts = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
-        for part, target in zip(parts, targets.split(length, dim=1), strict=True):
+        parts, targets_of_parts = (logits,), (targets,)
+        if logits is None or not logits.requires_grad:  # a part's gradient would be copied; rows in training are short
+            length = self.config.train_context_length
+            parts = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+            targets_of_parts = targets.split(length, dim=1)
+        for part, target in zip(parts, targets_of_parts, strict=True):
             scores = part.float().flatten(0, 1)
             total = total + nn.functional.cross_entropy(scores, target.flatten(), ignore_index=-100, reduction="sum")
         items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch

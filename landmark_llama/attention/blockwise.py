@@ -119,13 +119,14 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         output = torch.empty_like(tiles.query)
         lse = output.new_empty(output.shape[:-1])
         adjusts = []
+        small = _products_are_small(tiles.query, tiles.key)
         for rows, blocks, position in tiles:
             scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
             scores = scores.unflatten(-1, (-1, block_size))
             unseen = None
             if retrieval is not None and scores.shape[-2] > sum(retrieval) + 1:
                 unseen = ~seen_blocks(scores[..., -1], position // block_size, *retrieval)
-            weights, adjust, lse[..., rows] = _normalise_(scores, position, unseen)
+            weights, adjust, lse[..., rows] = _normalise_(scores, position, unseen, small)
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
             adjusts.append(adjust)
         if any(ctx.needs_input_grad):
@@ -139,7 +140,7 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, *adjusts = ctx.saved_tensors
         tiles = _Tiles(query, key, value, ctx.block_size, ctx.scale)
-        grad = torch.zeros_like(output) if grad is None else tiles.fold(grad)
+        grad = torch.zeros_like(output) if grad is None else tiles.fold(grad).contiguous()
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
         if grad_lse is not None:
@@ -176,10 +177,12 @@ class _Tiles:
         self.group = query.shape[1] // key.shape[1]
         self.query_length, self.key_length = query.shape[-2], key.shape[-2]
         missing = -self.key_length % block_size
+        # contiguous, or each tile's product would copy what it takes of them
         self.key, self.value = (
-            torch.nn.functional.pad(_upcast(x), (0, 0, 0, missing)) if missing else _upcast(x) for x in (key, value)
+            (torch.nn.functional.pad(_upcast(x), (0, 0, 0, missing)) if missing else _upcast(x)).contiguous()
+            for x in (key, value)
         )
-        self.query = self.fold(query) * scale
+        self.query = (self.fold(query) * scale).contiguous()
 
     def bounds(self) -> list[tuple[int, int]]:
         """First and last-but-one query of each tile; tiles end at block boundaries of the keys."""
@@ -213,13 +216,16 @@ class _Tiles:
         return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
 
 
-def _normalise_(scores: Tensor, position: Tensor, unseen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise_(
+    scores: Tensor, position: Tensor, unseen: Tensor | None = None, small: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turns scores into weights, in place.
 
     Args:
         scores: (..., queries, blocks, block_size), scaled; overwritten.
         position: (..., queries): position of each query among the blocks' positions.
         unseen: (..., queries, blocks), boolean: earlier blocks that a query does not see; by default it sees all.
+        small: whether the scores are known to be small (`_are_small`); otherwise they are looked at.
 
     Returns:
         weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the
@@ -229,8 +235,9 @@ def _normalise_(scores: Tensor, position: Tensor, unseen: Tensor | None = None) 
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
     unseen = block > own if unseen is None else (block > own) | unseen
-    small = _are_small(scores)
-    landmark = _mask_(scores, position)
+    small = small or _are_small(scores)
+    landmark = scores[..., -1].clone()
+    _hide_(scores, position)
     total, inside = _exponentials_(scores, small)
     share = torch.where(block == own, inside, landmark).masked_fill_(unseen, -torch.inf)
     lse = share.logsumexp(-1)
@@ -245,6 +252,13 @@ def _are_small(scores: Tensor) -> bool:
         return True
     lowest, highest = scores.aminmax()
     return bool((lowest > -SMALL_SCORE) & (highest < SMALL_SCORE))
+
+
+def _products_are_small(query: Tensor, key: Tensor) -> bool:
+    """Whether all scores of `query` and `key` (..., head_dim) must be small, from their lengths alone."""
+    if not query.numel() or not key.numel():
+        return True
+    return bool(query.norm(dim=-1).amax() * key.norm(dim=-1).amax() < SMALL_SCORE)
 
 
 def _exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
@@ -265,12 +279,11 @@ def _sum(x: Tensor) -> Tensor:
     return x @ x.new_ones(x.shape[-1])
 
 
-def _mask_(scores: Tensor, position: Tensor) -> Tensor:
-    """Sets landmarks and the later part of each query's own block to -inf; returns the landmark scores.
+def _hide_(scores: Tensor, position: Tensor) -> None:
+    """Sets landmarks and the later part of each query's own block to -inf.
 
     Blocks after a query's own keep their scores, finite as they are: `_normalise_` takes their share away.
     """
-    landmark = scores[..., -1].clone()
     block_size = scores.shape[-1]
     scores[..., -1] = -torch.inf
     first = int(position.min()) // block_size
@@ -280,7 +293,6 @@ def _mask_(scores: Tensor, position: Tensor) -> Tensor:
     )
     later = torch.arange(block_size, device=scores.device) > (position % block_size)[..., None, None]
     scores[..., first:, :].masked_fill_(own & later, -torch.inf)
-    return landmark
 
 
 def _grad_scores_(
@@ -292,7 +304,7 @@ def _grad_scores_(
     `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`,
     `G dG = sum P dP`.
     """
-    _mask_(scores, position)
+    _hide_(scores, position)
     block = torch.arange(scores.shape[-2], device=scores.device)
     own = (position // scores.shape[-1]).unsqueeze(-1)
     weights = scores.add_(adjust.unsqueeze(-1)).exp_()

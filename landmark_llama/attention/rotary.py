@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +25,29 @@ class RotaryTable(NamedTuple):
 
         Pairs dimension `i` with `i + head_dim / 2`, as LLaMA does. Computes at least in fp32, returns the dtype of `x`.
         """
-        cos, sin = self.cos[position], self.sin[position]
-        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        if torch.is_grad_enabled() and x.requires_grad:
-            first, second = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
-            return torch.cat((first, second), dim=-1).to(x.dtype)
-        rotated = first.new_empty(*torch.broadcast_shapes(first.shape, cos.shape)[:-1], x.shape[-1])
-        half = first.shape[-1]
-        torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
-        return rotated.to(x.dtype)
+        return _Rotation.apply(x, self.cos[position], self.sin[position])
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
         """The same table on `device` (the signature that accelerate's device hooks call)."""
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
         return RotaryTable(cos, sin, self.scaling)
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotation by angles (..., head_dim / 2) that broadcast; written in place, and back by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.shape = x.shape
+        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        half = first.shape[-1]
+        rotated = first.new_empty(*torch.broadcast_shapes(first.shape, cos.shape)[:-1], 2 * half)
+        torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
+        return rotated.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(grad, cos, -sin).sum_to_size(ctx.shape), None, None
