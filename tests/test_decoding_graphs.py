@@ -94,6 +94,20 @@ def test_a_step_with_kernels_waits_for_nothing(
 
 
 @without_gpu
+def test_a_step_recorded_before_there_was_anything_to_retrieve_is_not_replayed_after(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(num_hidden_layers=1, num_retrieved_blocks=1, num_local_blocks=1), random_ids(1, 9)
+    expected = logits_in_calls(model, ids, [1] * 9)
+    monkeypatch.setattr(modeling, "attend_through_table", attend_through_table)
+    monkeypatch.setattr(streaming, "kernels_take", lambda *_: True)
+    # a block is three tokens and their landmark: from the seventh token on there is a candidate
+    actual = logits_in_calls(model, ids, [1] * 9, cache=cache_with(recorder, model.config))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert recorder.replayed
+
+
+@without_gpu
 @pytest.mark.parametrize("settings", [{}, {"retrieval_granularity": "head"}, {"local_attention": "chunked"}], ids=str)
 def test_replayed_steps_give_the_logits_of_a_call(recorder: Recorder, settings: dict) -> None:
     model, ids = tiny_model(**settings), random_ids(2, 60)
