@@ -16,6 +16,9 @@ TILE_QUERIES = 32  # at least, of those that share a window of keys
 CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
 # most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
 GATHERED_ELEMENTS = 1 << 20
+# and of the keys that its queries retrieve: larger tensors go back to the system after each use, and mapping their pages
+# anew takes several times as long as filling them
+RETRIEVED_ELEMENTS = 1 << 22
 
 
 class Chunk(NamedTuple):
@@ -64,5 +67,9 @@ def _chunk_blocks(layout: Layout, settings: RetrievalSettings, config: LandmarkL
         return -(-blocks // tile) * tile
     block = len(layout.start) * config.num_key_value_heads * config.head_dim * config.block_size
     window = block * (1 + settings.num_direct_blocks / tile + settings.num_retrieved_blocks)
-    blocks = min(blocks, int(GATHERED_ELEMENTS // window))
+    # each query head has choices of its own, of which the queries of a block share one or not
+    choices = config.num_attention_heads // config.num_key_value_heads
+    choices *= config.block_size if settings.granularity == "token_and_head" else 1
+    retrieved = block * settings.num_retrieved_blocks * choices
+    blocks = min(blocks, int(GATHERED_ELEMENTS // window), RETRIEVED_ELEMENTS // max(retrieved, 1))
     return max(1, blocks // tile) * tile
