@@ -16,9 +16,9 @@ TILE_QUERIES = 32  # at least, of those that share a window of keys
 CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
 # most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
 GATHERED_ELEMENTS = 1 << 20
-# and of the keys that its queries retrieve: larger tensors go back to the system after each use, and mapping their pages
-# anew takes several times as long as filling them
-RETRIEVED_ELEMENTS = 1 << 22
+# and of the keys that its queries retrieve: the pages of larger tensors are given back to the system after each use, and
+# mapping them anew takes several times as long as filling them
+RETRIEVED_ELEMENTS = 1 << 21
 
 
 class Chunk(NamedTuple):
