@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,9 +17,8 @@ TILE_QUERIES = 32  # at least, of those that share a window of keys
 CHUNK_POSITIONS = 4096  # most positions that a streamed call takes through all layers at once
 # most elements of keys that the windows of a chunk may take on a CPU: few, to stay in the cores' caches
 GATHERED_ELEMENTS = 1 << 20
-# and of the keys that its queries retrieve: the pages of larger tensors are given back to the system after each use, and
-# mapping them anew takes several times as long as filling them
-RETRIEVED_ELEMENTS = 1 << 21
+# and of the keys that its queries retrieve: 16 MB in fp32, which is freed and taken again for each chunk
+RETRIEVED_ELEMENTS = 1 << 22
 
 
 class Chunk(NamedTuple):
@@ -73,3 +73,14 @@ def _chunk_blocks(layout: Layout, settings: RetrievalSettings, config: LandmarkL
     retrieved = block * settings.num_retrieved_blocks * choices
     blocks = min(blocks, int(GATHERED_ELEMENTS // window), RETRIEVED_ELEMENTS // max(retrieved, 1))
     return max(1, blocks // tile) * tile
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Lets this process keep what the tensors of a chunk leave, for those of the next one.
+
+    glibc gives large blocks back to the system when they are freed; mapping their pages anew can take longer than what
+    is computed on them. It stops doing so for blocks up to the size of the largest one that was freed, 32 MiB at most
+    (mallopt(3), M_MMAP_THRESHOLD), so that freeing one is enough. Elsewhere this does nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)

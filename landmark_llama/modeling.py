@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from landmark_llama.attention import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.cache import LandmarkCache
-from landmark_llama.chunks import cut_into_chunks
+from landmark_llama.chunks import cut_into_chunks, keep_freed_memory
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
 from landmark_llama.conversion import checked_load, convert_llama
 from landmark_llama.documents import Documents, find_documents
@@ -249,6 +249,8 @@ class LandmarkLlamaModel(LlamaModel):
         """States (batch, outputs, hidden_size) of the landmarked columns `output` (batch, outputs), through `cache`."""
         kept = torch.zeros(*output.shape, self.config.hidden_size, dtype=self.norm.weight.dtype, device=content.device)
         cache.expect(int((layout.start + layout.length).max()))
+        if content.device.type == "cpu":
+            keep_freed_memory()
         for chunk in cut_into_chunks(layout, settings, self.config):
             groups = chunk.groups.to(content.device)
             begin = chunk.begin.to(content.device).unsqueeze(1)
