@@ -149,6 +149,13 @@ def test_what_waits_for_the_device_is_not_recorded(recorder: Recorder) -> None:
 
 
 @without_gpu
+def test_calls_of_several_tokens_are_not_recorded(recorder: Recorder) -> None:
+    model, ids = tiny_model(), random_ids(1, 48)
+    logits_in_calls(model, ids, [24, *[6] * 4], cache=cache_with(recorder, model.config))
+    assert not recorder.recorded
+
+
+@without_gpu
 def test_a_cache_that_records_changes_nothing_without_a_gpu() -> None:
     model, ids = tiny_model(), random_ids(1, 40)
     cache = LandmarkCache(model.config, cuda_graphs=True)
