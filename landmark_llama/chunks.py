@@ -83,4 +83,4 @@ def keep_freed_memory() -> None:
     is computed on them. It stops doing so for blocks up to the size of the largest one that was freed, 32 MiB at most
     (mallopt(3), M_MMAP_THRESHOLD), so that freeing one is enough. Elsewhere this does nothing.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")

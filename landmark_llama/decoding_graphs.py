@@ -59,7 +59,8 @@ class DecodingGraphs:
         """
         if not _can_be_recorded(states, groups, storages, settings, rotary):
             return layers(states, groups)
-        addresses = tuple((storage.key.data_ptr(), storage.value.data_ptr()) for storage in storages)
+        # the capacity, too: memory that was given back may be taken again for another shape
+        addresses = tuple((x.key.data_ptr(), x.value.data_ptr(), x.capacity) for x in storages)
         if addresses != self._addresses:
             self._addresses, self._steps = addresses, {}
         tensors = (states, *(x for x in groups if isinstance(x, Tensor)))

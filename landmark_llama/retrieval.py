@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from landmark_llama.attention.blockwise import products_are_small
 from landmark_llama.attention.rotary import RotaryTable
 
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
@@ -94,7 +95,7 @@ def choose_blocks(
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     small = False
     if granularity != "token_and_head" and not landmarks_tie:
-        small = bool(rotated[..., 0, :].norm(dim=-1).amax() * landmarks.norm(dim=-1).amax() < SMALL_SCORE)
+        small = products_are_small(rotated[..., 0, :], landmarks, SMALL_SCORE)
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []

@@ -3,6 +3,7 @@ the recorded work on the recorded tensors."""
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,24 @@ def test_replayed_steps_give_the_logits_of_a_call(recorder: Recorder, settings: 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     # room is made for 10 blocks, later for 20; each time, steps of one column and of two are run once, then recorded
     assert recorder.recorded == 4 and recorder.replayed >= 35 - 2 * recorder.recorded
+
+
+def test_a_cache_of_another_size_in_the_same_memory_is_recorded_anew(recorder: Recorder) -> None:
+    memory, settings = torch.zeros(1, 1, 16, 4, 8), tiny_config().retrieval()
+    step = QueryGroups.of(
+        torch.tensor([20]),
+        torch.tensor([1]),
+        num_direct_blocks=1,
+        tile_blocks=1,
+        chunked=False,
+        share=False,
+        block_size=4,
+    )
+    graphs = DecodingGraphs(recorder)
+    for blocks, recorded in ((8, 0), (8, 1), (8, 1), (16, 1), (16, 2)):
+        storage = SimpleNamespace(key=memory[:, :, :blocks], value=memory, capacity=blocks, block_size=4)
+        graphs.run(lambda x, _: x + 1, torch.zeros(1, 1, 8), step, storages=[storage], settings=settings, rotary=None)
+        assert recorder.recorded == recorded
 
 
 @without_gpu

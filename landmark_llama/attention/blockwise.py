@@ -119,7 +119,7 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         output = torch.empty_like(tiles.query)
         lse = output.new_empty(output.shape[:-1])
         adjusts = []
-        small = _products_are_small(tiles.query, tiles.key)
+        small = products_are_small(tiles.query, tiles.key, SMALL_SCORE)
         for rows, blocks, position in tiles:
             scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
             scores = scores.unflatten(-1, (-1, block_size))
@@ -254,11 +254,11 @@ def _are_small(scores: Tensor) -> bool:
     return bool((lowest > -SMALL_SCORE) & (highest < SMALL_SCORE))
 
 
-def _products_are_small(query: Tensor, key: Tensor) -> bool:
-    """Whether all scores of `query` and `key` (..., head_dim) must be small, from their lengths alone."""
+def products_are_small(query: Tensor, key: Tensor, limit: float) -> bool:
+    """Whether no score of `query` and `key` (..., head_dim) can exceed `limit`, either way, by their lengths alone."""
     if not query.numel() or not key.numel():
         return True
-    return bool(query.norm(dim=-1).amax() * key.norm(dim=-1).amax() < SMALL_SCORE)
+    return bool(query.norm(dim=-1).amax() * key.norm(dim=-1).amax() < limit)
 
 
 def _exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
