@@ -35,3 +35,11 @@ def test_narrow_dtypes_are_turned_in_full_precision_and_come_back(dtype: torch.d
     assert turned.dtype == dtype and torch.equal(turned, table.rotate(x.float(), slice(None)).to(dtype))
     turned.sum().backward()
     assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compiled_it_turns_the_same(requires_grad: bool) -> None:
+    x = torch.randn(2, 5, 4, 2 * HALF, dtype=torch.float64, requires_grad=requires_grad)
+    position = torch.arange(5).unsqueeze(-1)
+    compiled = torch.compile(TABLE.rotate, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, position), TABLE.rotate(x, position))

@@ -41,10 +41,11 @@ class _Rotation(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.shape = x.shape
         first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        half = first.shape[-1]
-        rotated = first.new_empty(*torch.broadcast_shapes(first.shape, cos.shape)[:-1], 2 * half)
-        torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
+        rotated = first.new_empty(*torch.broadcast_shapes(first.shape, cos.shape)[:-1], x.shape[-1])
+        halves = rotated.chunk(2, dim=-1)
+        # in place, not as `out=`, which torch.compile would write beside the views
+        halves[0].copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
+        halves[1].copy_(second).mul_(cos).addcmul_(first, sin)
         return rotated.to(x.dtype)
 
     @staticmethod
