@@ -1,6 +1,5 @@
 """Trains two steps of two batches in a process of its own: prints the peak of its memory and the estimate, in bytes."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -9,24 +8,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import tiny_model
 
+from benchmarks.measure import PeakMemory
 from finetune.memory import Batch, Plan, Weights, estimate
 from landmark_llama.tokenization import plain_length
 
 ROWS, POSITIONS, BLOCK = 2, 512, 64
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def in_use() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def main(checkpointing: bool) -> None:
     torch.set_num_threads(1)
     torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()  # what torch takes for itself
-    before = in_use()
+    peak = PeakMemory("cpu")  # not `ru_maxrss`, which starts at the size of the process that started this one
     model = tiny_model(
         hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=8192,
         block_size=BLOCK, max_position_embeddings=POSITIONS,
@@ -43,7 +35,7 @@ def main(checkpointing: bool) -> None:
         optimiser.zero_grad()
     plan = Plan(compute_bytes=4, residual_bytes=4, checkpointing=checkpointing)
     size = estimate(model.config, Weights.of(model), Batch(ROWS, POSITIONS, tokens), plan)
-    print(peak() - before, size.total)
+    print(round(peak.mib() * 2**20), size.total)
 
 
 if __name__ == "__main__":
