@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaForCausalLM, LlamaModel, LogitsProcessorList
-from transformers.generation import SuppressTokensLogitsProcessor
+from transformers import GenerationConfig, LlamaForCausalLM, LlamaModel, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
@@ -500,6 +500,26 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """None: positions follow from the attention mask and the cache."""
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, has_default_max_length: bool, *, input_ids_length: int, **kwargs: Any
+    ) -> GenerationConfig:
+        """Where the caller names no length, as many new tokens as in any model, but not only up to the window's end."""
+        new_tokens = generation_config.max_length
+        generation_config = super()._prepare_generated_length(
+            generation_config, has_default_max_length, input_ids_length=input_ids_length, **kwargs
+        )
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_length = new_tokens + input_ids_length
+        return generation_config
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """No text is too long, so that none is warned of."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """The landmark token is never emitted: its logit goes before anything else looks at the logits."""

@@ -114,6 +114,23 @@ def test_max_new_tokens_counts_ordinary_tokens(new: int) -> None:
         assert not (output.sequences == LANDMARK).any()
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize("prompt", [9, 40, 200])
+def test_without_a_length_generate_adds_twenty_tokens_within_the_window_and_beyond(prompt: int) -> None:
+    assert tiny_model().generate(random_ids(1, prompt)).shape == (1, prompt + 20)
+    assert tiny_model().generate(random_ids(1, prompt), max_length=prompt + 5).shape == (1, prompt + 5)
+
+
+def test_no_text_is_said_to_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr("transformers.generation.stopping_criteria.logger.warning_once", said.append)
+    model, ids = tiny_model(), random_ids(1, 70)
+    model.generate(ids, max_new_tokens=2)
+    assert said == []
+    tiny_llama().generate(ids, max_new_tokens=2)
+    assert "maximum length (32)" in said[0]  # by a model that has an end
+
+
 def test_beams_are_what_beam_search_without_a_cache_finds() -> None:
     # a text that fits the window is read alike with and without a cache
     model, ids = tiny_model(num_retrieved_blocks=2), ragged([random_ids(9), random_ids(5)])
