@@ -474,12 +474,13 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         """
         targets = targets.to(states.device)
         total = states.new_zeros((), dtype=torch.float32)
-        parts, targets_of_parts = (logits,), (targets,)
-        if logits is None or not logits.requires_grad:  # a part's gradient would be copied; rows in training are short
+        if logits is not None and logits.requires_grad:
+            parts = [(logits, targets)]  # whole: a part's gradient would be copied, and rows in training are short
+        else:
             length = self.config.train_context_length
-            parts = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
-            targets_of_parts = targets.split(length, dim=1)
-        for part, target in zip(parts, targets_of_parts, strict=True):
+            pieces = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+            parts = zip(pieces, targets.split(length, dim=1), strict=True)
+        for part, target in parts:
             scores = part.float().flatten(0, 1)
             total = total + nn.functional.cross_entropy(scores, target.flatten(), ignore_index=-100, reduction="sum")
         items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
