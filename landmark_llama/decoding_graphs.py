@@ -8,6 +8,7 @@ into tensors of its own, and when the cache has moved, it is recorded anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class DecodingGraphs:
         self._record = record
         self._addresses: Hashable = None  # where the cache stood when the steps were recorded
         self._steps: dict[Hashable, _Step | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingGraphs:
+        """No steps: they belong to the memory of the cache that is copied, and a CUDA graph cannot be."""
+        return DecodingGraphs(self._record)
 
     def run(
         self,

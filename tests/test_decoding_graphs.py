@@ -2,7 +2,10 @@
 the recorded work on the recorded tensors."""
 
 import contextlib
+import copy
+import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,12 +50,12 @@ class Recorder:
         self.recorded += 1
         with self.context:
             output = step()
+        return partial(self._replay, step, output, threading.Lock()), output
 
-        def replay() -> None:
-            self.replayed += 1
-            output.copy_(step())
-
-        return replay, output
+    def _replay(self, step: Callable[[], Tensor], output: Tensor, graph: Any) -> None:
+        """`graph` stands for a graph's part of the recording: like one, it cannot be copied."""
+        self.replayed += 1
+        output.copy_(step())
 
 
 @pytest.fixture
@@ -156,6 +159,19 @@ def test_beams_may_move_the_cache(recorder: Recorder) -> None:
         for cache in (None, cache_with(recorder, model.config))
     ]
     assert torch.equal(*answers)
+
+
+@without_gpu
+def test_a_copy_of_a_cache_goes_on_by_itself(recorder: Recorder) -> None:
+    model, ids = tiny_model(), random_ids(2, 48)
+    ids[1, :39] = ids[0, :39]
+    cache = cache_with(recorder, model.config)
+    logits_in_calls(model, ids[:1, :39], [28, *[1] * 11], cache=cache)
+    assert any(cache.graphs._steps.values())  # there is something that cannot be copied
+    for row, own in zip(ids.split(1), (copy.deepcopy(cache), cache), strict=True):
+        expected = logits_in_calls(model, row, [39, *[1] * 9])[:, 39:]
+        actual = logits_in_calls(model, row[:, 39:], [1] * 9, cache=own)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @without_gpu
