@@ -36,9 +36,9 @@ from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, exit_with, im
 from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config
 from landmark_llama import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.chunks import CHUNK_POSITIONS
-from landmark_llama.storage import DeviceStorage
-from landmark_llama.streaming import QueryGroups, attend_through_table
+from landmark_llama.reading.groups import CHUNK_POSITIONS, QueryGroups
+from landmark_llama.reading.storage import DeviceStorage
+from landmark_llama.reading.table import attend_through_table
 
 FLASH, CUDNN = "flash", "cudnn"
 GRANULARITIES = ("head", "token_and_head")

@@ -34,7 +34,7 @@ from benchmarks.measure import (
     versions,
 )
 from finetune.arguments import UserError
-from finetune.sources import find_subsets, read_shard
+from finetune.data.sources import find_subsets, read_shard
 
 PLAIN, OURS = "datasets.map", "finetune"
 
@@ -78,7 +78,7 @@ def ours(tokenizer: str, files: list[str], processes: int, cache: str):
     """The data set of ids that `finetune` makes, in `cache`."""
     import datasets
 
-    from finetune.tokens import tokenised_subset
+    from finetune.data.tokens import tokenised_subset
 
     datasets.config.HF_DATASETS_CACHE = cache
     (subset,) = find_subsets(files, [])

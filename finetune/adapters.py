@@ -11,10 +11,10 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from finetune.arguments import AdapterArguments, UserError
 from landmark_llama import LandmarkLlamaForCausalLM
-from landmark_llama.adapters import tokenizer_fingerprint
+from landmark_llama.adapters.folder import tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from landmark_llama.peft_model import LandmarkPeftModel
+    from landmark_llama.adapters.peft_model import LandmarkPeftModel
 
 
 def add_adapter(
@@ -24,7 +24,7 @@ def add_adapter(
     try:
         from peft import LoraConfig
 
-        from landmark_llama.peft_model import LandmarkPeftModel
+        from landmark_llama.adapters.peft_model import LandmarkPeftModel
     except ModuleNotFoundError as error:
         raise UserError(
             f"--lora_rank {args.lora_rank}: needs peft, which is not installed: pip install peft"

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from finetune.adapters import four_bit
 from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
 from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
-from landmark_llama.conversion import checked_load
+from landmark_llama.checkpoints.conversion import checked_load
 
 LANDMARK_SETTINGS = (
     "num_retrieved_blocks",
@@ -40,7 +40,7 @@ def load_tokenizer(
         UserError: there is none, or it has no end-of-sequence token.
     """
     if model_args.tokenizer_name == "embedded":
-        from finetune.tokenizer import to_fast_tokenizer, train_sentencepiece
+        from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 
         with embedded[0].open(encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line, _ in zip(file, range(TOKENIZER_DOCUMENTS), strict=False)]

@@ -33,12 +33,8 @@ from finetune.arguments import (
     UserError,
     parse_arguments,
 )
-from finetune.data import Rows, embedded_files, make_rows
-from finetune.disk import is_disk_full, write_json
-from finetune.distributed import check_distribution, whole_weights
-from finetune.memory import memory_lines
-from finetune.models import load_model, load_tokenizer
-from finetune.output import (
+from finetune.checkpoints.disk import is_disk_full, write_json
+from finetune.checkpoints.output import (
     METRICS,
     CompleteCheckpoints,
     disk_full_message,
@@ -46,8 +42,12 @@ from finetune.output import (
     record_run,
     save_finished_model,
 )
+from finetune.checkpoints.resume import run_contents, run_settings, weights_fingerprint
+from finetune.data.prepare import Rows, embedded_files, make_rows
+from finetune.distributed import check_distribution, whole_weights
+from finetune.memory import memory_lines
+from finetune.models import load_model, load_tokenizer
 from finetune.progress import ProgressLines
-from finetune.resume import run_contents, run_settings, weights_fingerprint
 from finetune.segments import EVALUATED_WITH, Segments
 from finetune.throughput import Throughput, device_peak
 from finetune.trainer import LandmarkSegmentTrainer, LandmarkTrainer

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from landmark_llama.adapters import load_adapter
 from landmark_llama.attention import landmark_attention
-from landmark_llama.cache import LandmarkCache
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.modeling import LandmarkLlamaForCausalLM, LandmarkLlamaModel
+from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.tokenization import add_landmark_token, insert_landmarks, strip_landmarks
 
 __version__ = "0.1.0"

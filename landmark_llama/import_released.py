@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from landmark_llama import self_test
-from landmark_llama.checkpoint_files import (
+from landmark_llama.checkpoints.files import (
     GENERATION_CONFIG,
     INPUT_ROWS,
     OUTPUT_ROWS,
@@ -34,10 +34,10 @@ from landmark_llama.checkpoint_files import (
     staged,
     write_weights,
 )
+from landmark_llama.checkpoints.released_difference import CHECKSUM, ReleasedDifference, rotary_frequencies
+from landmark_llama.checkpoints.released_tokenizer import released_tokenizer
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
-from landmark_llama.released_difference import CHECKSUM, ReleasedDifference, rotary_frequencies
-from landmark_llama.released_tokenizer import released_tokenizer
 from landmark_llama.tokenization import LANDMARK_TOKEN
 
 MODEL_TYPE = "llama_with_landmark"

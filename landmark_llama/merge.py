@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
-from landmark_llama.adapters import ADAPTER_WEIGHTS, LANDMARK_ROW, Adapter
-from landmark_llama.checkpoint_files import (
+from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, LANDMARK_ROW, Adapter
+from landmark_llama.checkpoints.conversion import mean_of_other_rows
+from landmark_llama.checkpoints.files import (
     GENERATION_CONFIG,
     INPUT_ROWS,
     OUTPUT_ROWS,
@@ -33,7 +34,6 @@ from landmark_llama.checkpoint_files import (
     write_weights,
 )
 from landmark_llama.configuration import LandmarkLlamaConfig
-from landmark_llama.conversion import mean_of_other_rows
 
 PREFIX = "base_model.model."
 # Fields of adapter_config.json that change what an adapter computes, beside those that are understood here.

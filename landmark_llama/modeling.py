@@ -2,8 +2,8 @@
 
 Two ways through the model. A call without a cache whose rows fit `train_context_length` attends to all of its
 blocks, as in training; in training, one with a cache does so, too, and retrieves from what earlier calls read
-(`landmark_llama/segments.py`). Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each
-query reading a table of blocks (`landmark_llama/streaming.py`). Users see plain coordinates in both: landmarks go in
+(`reading/segments.py`). Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each
+query reading a table of blocks (`reading/table.py`). Users see plain coordinates in both: landmarks go in
 and out of the text in here.
 """
 
@@ -23,15 +23,15 @@ from transformers.utils.generic import can_return_tuple
 
 from landmark_llama.attention import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.cache import LandmarkCache
-from landmark_llama.chunks import cut_into_chunks, keep_freed_memory
+from landmark_llama.checkpoints.conversion import checked_load, convert_llama
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
-from landmark_llama.conversion import checked_load, convert_llama
-from landmark_llama.documents import Documents, find_documents
-from landmark_llama.inputs import check_inputs, check_segment, check_streaming
-from landmark_llama.layout import Layout, compact, find_landmarks, lay_out
-from landmark_llama.segments import Segment
-from landmark_llama.streaming import QueryGroups, attend_through_table
+from landmark_llama.reading.cache import LandmarkCache
+from landmark_llama.reading.groups import QueryGroups, cut_into_chunks
+from landmark_llama.reading.segments import Segment
+from landmark_llama.reading.table import attend_through_table, keep_freed_memory
+from landmark_llama.rows.checks import check_inputs, check_segment, check_streaming
+from landmark_llama.rows.documents import Documents, find_documents
+from landmark_llama.rows.layout import Layout, compact, find_landmarks, lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

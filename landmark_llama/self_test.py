@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from landmark_llama.checkpoint_files import Checkpoint
+from landmark_llama.checkpoints.files import Checkpoint
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
 from landmark_llama.tokenization import plain_length
 

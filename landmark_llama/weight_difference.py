@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from landmark_llama import self_test
-from landmark_llama.checkpoint_files import (
+from landmark_llama.checkpoints.files import (
     GENERATION_CONFIG,
     INPUT_ROWS,
     OUTPUT_ROWS,
     TOKENIZER_FILES,
     Checkpoint,
+    check_base_shape,
     check_output,
     copy_files,
     local_folder,
@@ -40,7 +41,6 @@ from landmark_llama.checkpoint_files import (
 )
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.import_released import import_released, is_released
-from landmark_llama.released_difference import check_base_shape
 
 MANIFEST = "weight_difference.json"
 FORMAT = 1

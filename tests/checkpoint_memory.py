@@ -17,7 +17,7 @@ from checkpoints import to_bin
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from landmark_llama.checkpoint_files import write_weights
+from landmark_llama.checkpoints.files import write_weights
 from landmark_llama.import_released import import_released
 from landmark_llama.weight_difference import make, recover
 

@@ -87,7 +87,7 @@ def die_while_writing(file: str) -> None:
 
 
 def fill_disk_before_the_model_is_saved(filler: Path) -> None:
-    from finetune import output
+    from finetune.checkpoints import output
 
     save = output.save_finished_model
 

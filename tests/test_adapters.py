@@ -16,9 +16,10 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from landmark_llama import LandmarkLlamaForCausalLM, checkpoint_files, load_adapter, merge
-from landmark_llama.adapters import ADAPTER_WEIGHTS, LANDMARK_ROW, TOKENIZER_RECORD, tokenizer_fingerprint
-from landmark_llama.peft_model import LandmarkPeftModel
+from landmark_llama import LandmarkLlamaForCausalLM, load_adapter, merge
+from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, LANDMARK_ROW, TOKENIZER_RECORD, tokenizer_fingerprint
+from landmark_llama.adapters.peft_model import LandmarkPeftModel
+from landmark_llama.checkpoints import files as checkpoint_files
 
 SETTINGS = {"block_size": 4, "num_retrieved_blocks": 1, "num_local_blocks": 3, "local_attention": "sliding"}
 WORDS = 5  # of the tokenizer; its landmark is token 5
@@ -300,7 +301,7 @@ def test_merging_needs_no_peft_and_loading_says_that_it_does(
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "landmark_llama.peft_model")
+    monkeypatch.delitem(sys.modules, "landmark_llama.adapters.peft_model")
     merge.merge_adapter(adapter, tmp_path / "out")
     with pytest.raises(ImportError, match="load_adapter needs peft, which is not installed: pip install peft"):
         load_adapter(adapter)

@@ -11,7 +11,7 @@ from torch import Tensor
 from landmark_llama import landmark_attention
 from landmark_llama.attention import blockwise, landmark_attention_reference
 from landmark_llama.attention.reference import landmark_attention_weights
-from landmark_llama.attention.retrieved import attend_chosen
+from landmark_llama.reading.segments import attend_chosen
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

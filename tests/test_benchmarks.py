@@ -164,7 +164,7 @@ def test_the_check_of_reading_sees_a_result_that_depends_on_the_cut_into_calls(m
 
 
 def test_the_check_of_reading_sees_a_cache_that_reads_other_blocks(monkeypatch):
-    from landmark_llama.storage import DeviceStorage
+    from landmark_llama.reading.storage import DeviceStorage
 
     gather = DeviceStorage.gather
     monkeypatch.setattr(DeviceStorage, "gather", lambda self, blocks: gather(self, (blocks - 1).clamp_min(0)))

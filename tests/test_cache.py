@@ -134,7 +134,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was() -> None:
 
 
 def test_storage_of_another_kind_is_used_where_it_is_given() -> None:
-    from landmark_llama.storage import DeviceStorage
+    from landmark_llama.reading.storage import DeviceStorage
 
     made = []
 

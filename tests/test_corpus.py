@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from eval_passkey.task import PARTS, is_benchmark_key, load_template
-from finetune.corpus import make_corpus, prose_documents, write_corpus
-from finetune.retrieval_documents import RetrievalWriter, holds_reserved_number, is_reserved_number
-from finetune.tokenizer import to_fast_tokenizer, train_sentencepiece
+from finetune.demo.corpus import make_corpus, prose_documents, write_corpus
+from finetune.demo.retrieval_documents import RetrievalWriter, holds_reserved_number, is_reserved_number
+from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 
 DOCUMENTS = 3000
 TEMPLATES = sorted((Path(__file__).resolve().parents[1] / "eval_passkey").glob("template*.json"))

@@ -15,9 +15,11 @@ from tiny import logits_in_calls, ragged, random_ids, tiny_config, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from landmark_llama import LandmarkCache, decoding_graphs, modeling, streaming
-from landmark_llama.decoding_graphs import DecodingGraphs
-from landmark_llama.streaming import QueryGroups, attend_through_table
+from landmark_llama import LandmarkCache, modeling
+from landmark_llama.reading import decoding_graphs, table
+from landmark_llama.reading.decoding_graphs import DecodingGraphs
+from landmark_llama.reading.groups import QueryGroups
+from landmark_llama.reading.table import attend_through_table
 
 pytest.importorskip("triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,7 +92,7 @@ def test_a_step_with_kernels_waits_for_nothing(
     cache = cache_with(recorder, model.config)
     logits_in_calls(model, ids[:, :14], [14], cache=cache)
     monkeypatch.setattr(modeling, "attend_through_table", attend_through_table)
-    monkeypatch.setattr(streaming, "kernels_take", lambda *_: True)  # in Triton's interpreter
+    monkeypatch.setattr(table, "kernels_take", lambda *_: True)  # in Triton's interpreter
     recorder.context = NoHostReads()
     actual = logits_in_calls(model, ids[:, 14:], calls[1:], cache=cache)
     torch.testing.assert_close(actual, expected[:, 14:], rtol=1e-4, atol=1e-4)
@@ -104,7 +106,7 @@ def test_a_step_recorded_before_there_was_anything_to_retrieve_is_not_replayed_a
     model, ids = tiny_model(num_hidden_layers=1, num_retrieved_blocks=1, num_local_blocks=1), random_ids(1, 9)
     expected = logits_in_calls(model, ids, [1] * 9)
     monkeypatch.setattr(modeling, "attend_through_table", attend_through_table)
-    monkeypatch.setattr(streaming, "kernels_take", lambda *_: True)
+    monkeypatch.setattr(table, "kernels_take", lambda *_: True)
     # a block is three tokens and their landmark: from the seventh token on there is a candidate
     actual = logits_in_calls(model, ids, [1] * 9, cache=cache_with(recorder, model.config))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,8 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, documents, insert_landmarks
+from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, insert_landmarks
+from landmark_llama.rows import documents
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

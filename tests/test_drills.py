@@ -15,7 +15,7 @@ import pytest
 from test_finetune_run import base, data, flags  # noqa: F401
 from transformers.trainer import TRAINER_STATE_NAME
 
-from finetune.output import METRICS, checkpoints
+from finetune.checkpoints.output import METRICS, checkpoints
 
 STEPS = 21
 EVERY_STEP = ("--max_steps", str(STEPS), "--logging_steps", "1", "--save_steps", "3")

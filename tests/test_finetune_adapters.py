@@ -15,10 +15,10 @@ from eval_passkey.models import find_subject
 from eval_passkey.models import load_model as load_subject
 from finetune.adapters import four_bit
 from finetune.arguments import UserError
-from finetune.output import METRICS, checkpoints
+from finetune.checkpoints.output import METRICS, checkpoints
 from finetune.run import main
 from landmark_llama import load_adapter
-from landmark_llama.adapters import ADAPTER_WEIGHTS, LANDMARK_ROW
+from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, LANDMARK_ROW
 from landmark_llama.merge import merge_adapter
 
 LORA = ("--lora_rank", "2", "--lora_dropout", "0.1")

@@ -7,10 +7,10 @@ import torch
 from documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-import finetune.tokens
+import finetune.data.tokens
 from finetune.arguments import DataArguments, UserError
-from finetune.data import Rows, make_rows
-from finetune.tokens import tokenise
+from finetune.data.prepare import Rows, make_rows
+from finetune.data.tokens import tokenise
 from landmark_llama.tokenization import strip_landmarks
 
 
@@ -52,7 +52,7 @@ def test_a_document_that_spells_a_special_token_stays_text(tmp_path: Path) -> No
 
 
 def test_long_texts_are_tokenised_few_at_a_time(tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(finetune.tokens, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(finetune.data.tokens, "BATCH_CHARACTERS", 100)
     taken = 0
 
     def texts():
@@ -121,8 +121,8 @@ def test_the_smaller_subset_of_a_mixture_comes_again_until_the_larger_was_there_
 
 def test_tokens_are_made_once_and_again_only_if_what_shapes_them_changes(tmp_path: Path, monkeypatch) -> None:
     tokenizer, made = byte_tokenizer(), []
-    original = finetune.tokens.read_shard
-    monkeypatch.setattr(finetune.tokens, "read_shard", lambda *args: made.append(args) or original(*args))
+    original = finetune.data.tokens.read_shard
+    monkeypatch.setattr(finetune.data.tokens, "read_shard", lambda *args: made.append(args) or original(*args))
     file = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
 
     def again(tokenizer=tokenizer, **settings) -> bool:
@@ -137,7 +137,7 @@ def test_tokens_are_made_once_and_again_only_if_what_shapes_them_changes(tmp_pat
     other = byte_tokenizer()
     other.add_tokens(["document"])
     assert again(other) and not again()
-    monkeypatch.setattr(finetune.tokens, "_code_version", lambda: "another")
+    monkeypatch.setattr(finetune.data.tokens, "_code_version", lambda: "another")
     assert again()
 
 

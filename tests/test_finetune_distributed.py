@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from finetune import distributed
 from finetune.arguments import UserError
-from finetune.corpus import write_corpus
-from finetune.output import METRICS, checkpoints
+from finetune.checkpoints.output import METRICS, checkpoints
+from finetune.demo.corpus import write_corpus
 from finetune.run import main
 from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.modeling import LandmarkLlamaDecoderLayer

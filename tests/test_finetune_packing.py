@@ -6,8 +6,8 @@ import pytest
 import torch
 from documents import LANDMARK, random_documents
 
-from finetune.data import PackedRows
-from finetune.packing import IGNORED_LABEL, OPEN_ROWS, Packing
+from finetune.data.packing import IGNORED_LABEL, OPEN_ROWS, Packing
+from finetune.data.prepare import PackedRows
 from landmark_llama.tokenization import landmarked_length, plain_length, strip_landmarks
 
 SHAPES = [(8, 4), (9, 4), (64, 4), (64, 16), (61, 8), (512, 64), (10, 2)]

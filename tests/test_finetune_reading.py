@@ -10,8 +10,8 @@ import pytest
 from documents import write_jsonl
 
 from finetune.arguments import UserError
-from finetune.reading import read_file
-from finetune.sources import SHARD_BYTES, Subset, find_subsets, parse_mixture, read_shard
+from finetune.data.reading import read_file
+from finetune.data.sources import SHARD_BYTES, Subset, find_subsets, parse_mixture, read_shard
 
 TEXTS = ["one", "two\u2028lines\x85", "drei ü", ""]
 

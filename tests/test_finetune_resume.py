@@ -16,8 +16,8 @@ from test_finetune_run import Interruption, base, data, flags, interrupt_at_save
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from finetune.arguments import UserError
-from finetune.output import METRICS, checkpoints
-from finetune.resume import COMPLETE, SETTINGS, file_sizes
+from finetune.checkpoints.output import METRICS, checkpoints
+from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes
 from finetune.run import main
 from landmark_llama import LandmarkLlamaForCausalLM
 
@@ -140,7 +140,7 @@ def test_the_embedded_corpus_is_the_same_data_wherever_and_whenever_it_is_writte
     cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [{"text": f"several words stand here {i}\n" * 9, "meta": {"source": f"{i}"}} for i in range(60)]
-    monkeypatch.setattr("finetune.corpus.prose_documents", lambda: list(texts))  # in place of Python's own
+    monkeypatch.setattr("finetune.demo.corpus.prose_documents", lambda: list(texts))  # in place of Python's own
     more = ("--data", "embedded", "--corpus_documents", "150")
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at_save(patch, 2, Interruption())

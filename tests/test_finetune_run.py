@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 from finetune.arguments import UserError, parse_arguments
-from finetune.corpus import write_corpus
-from finetune.output import COMPLETE, METRICS, checkpoints
+from finetune.checkpoints.output import COMPLETE, METRICS, checkpoints
+from finetune.demo.corpus import write_corpus
+from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 from finetune.run import finetune, main
-from finetune.tokenizer import to_fast_tokenizer, train_sentencepiece
 from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.tokenization import LANDMARK_TOKEN
 

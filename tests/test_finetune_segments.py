@@ -16,7 +16,7 @@ from tiny import random_ids, tiny_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from finetune.output import METRICS
+from finetune.checkpoints.output import METRICS
 from finetune.run import main
 from finetune.segments import Segments, SegmentTrainer
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM

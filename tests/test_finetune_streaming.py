@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
-import finetune.sources
+import finetune.data.sources
 from finetune.arguments import DataArguments, UserError
-from finetune.data import Rows, make_rows
-from finetune.output import METRICS
+from finetune.checkpoints.output import METRICS
+from finetune.data.prepare import Rows, make_rows
 from finetune.run import main
 from landmark_llama.tokenization import strip_landmarks
 
@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
     """Every file a shard of its own."""
-    monkeypatch.setattr(finetune.sources, "SHARD_BYTES", 1)
+    monkeypatch.setattr(finetune.data.sources, "SHARD_BYTES", 1)
 
 
 def stream_of(source: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **settings) -> Rows:
@@ -128,8 +128,9 @@ def test_a_stream_reads_no_further_than_it_must(tmp_path: Path, tokenizer, small
     write_numbered(tmp_path, files=20)
     rows = stream_of(tmp_path, tokenizer, max_heldout_rows=2, shuffle_buffer=8)
     opened = []
-    original = finetune.sources.read_file
-    monkeypatch.setattr(finetune.sources, "read_file", lambda name, *rest: opened.append(name) or original(name, *rest))
+    sources = finetune.data.sources
+    original = sources.read_file
+    monkeypatch.setattr(sources, "read_file", lambda name, *rest: opened.append(name) or original(name, *rest))
     first(rows, 20)
     assert 1 <= len(opened) <= 10  # of 20: so many are read in turn
 

@@ -8,7 +8,7 @@ import torch
 from tiny import LANDMARK, random_ids, tiny_llama, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.packing import Packing
+from finetune.data.packing import Packing
 from finetune.throughput import Counts, ModelFlops, Throughput, count, peak_flops
 from landmark_llama.tokenization import insert_landmarks
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from finetune.arguments import UserError, parse_arguments
-from finetune.output import METRICS, checkpoints
+from finetune.checkpoints.output import METRICS, checkpoints
 from finetune.run import main
 
 EVERY_STEP = ("--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "10")

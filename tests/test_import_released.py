@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_llama import LandmarkLlamaForCausalLM, import_released, strip_landmarks, weight_difference
-from landmark_llama.released_tokenizer import released_tokenizer
-from landmark_llama.sentencepiece_model import read_tokenizer_model
+from landmark_llama.checkpoints.released_tokenizer import released_tokenizer
+from landmark_llama.checkpoints.sentencepiece_model import read_tokenizer_model
 
 LLAMA = 20  # tokens of the base's vocabulary; [PAD] and <landmark> come behind them
 FIELDS = {"model_type": "llama_with_landmark", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"}

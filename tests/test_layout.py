@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from landmark_llama.layout import compact, find_landmarks, lay_out
+from landmark_llama.rows.layout import compact, find_landmarks, lay_out
 
 
 @pytest.mark.parametrize("predict_from_landmark", [False, True])

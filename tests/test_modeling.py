@@ -8,7 +8,8 @@ from tiny import LANDMARK, VOCABULARY, in_float64, logits_in_calls, ragged, rand
 from tolerance import assert_as_accurate
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, LandmarkLlamaModel, chunks, insert_landmarks
+from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, LandmarkLlamaModel, insert_landmarks
+from landmark_llama.reading import groups
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LENGTHS = [1, 2, 3, 4, 23, 24, 25, 26, 61, 100]
@@ -73,7 +74,7 @@ def test_where_no_logits_are_kept_the_last_layer_only_remembers(
     granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its output is read by nobody there, its keys and values by all that comes later."""
-    monkeypatch.setattr(chunks, "CHUNK_POSITIONS", 16)  # several chunks
+    monkeypatch.setattr(groups, "CHUNK_POSITIONS", 16)  # several chunks
     model, ids = tiny_model(retrieval_granularity=granularity), random_ids(2, 100)
     outputs = [0, 0]
     for i, layer in enumerate(model.model.layers):

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, insert_landmarks
 from landmark_llama.attention import landmark_attention_reference
-from landmark_llama.segments import Segment
+from landmark_llama.reading.segments import Segment
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -5,7 +5,7 @@ import torch
 from tiny import random_ids, tiny_model
 
 from landmark_llama import LandmarkCache
-from landmark_llama.storage import DeviceStorage
+from landmark_llama.reading.storage import DeviceStorage
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -87,7 +87,7 @@ def test_no_step_of_decoding_copies_the_whole_memory() -> None:
 
 
 def test_reading_a_long_prompt_makes_room_once_and_for_some_tokens_to_come(monkeypatch) -> None:
-    monkeypatch.setattr("landmark_llama.chunks.CHUNK_POSITIONS", 300)
+    monkeypatch.setattr("landmark_llama.reading.groups.CHUNK_POSITIONS", 300)
     model, cache = tiny_model(), LandmarkCache(tiny_model().config)
     storage, capacities = cache.layers[0].storage, []
     write = storage.write

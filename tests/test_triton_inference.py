@@ -10,19 +10,21 @@ import torch
 from tolerance import assert_as_accurate
 from torch import Tensor
 
-from landmark_llama import streaming
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.retrieval import Choice, choose_blocks, rotate_to_distances
-from landmark_llama.storage import DeviceStorage
-from landmark_llama.streaming import QueryGroups, attend_through_table
+from landmark_llama.reading import table
+from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
+from landmark_llama.reading.groups import QueryGroups
+from landmark_llama.reading.storage import DeviceStorage
+from landmark_llama.reading.table import attend_through_table
 
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from landmark_llama.attention import triton_table, triton_tiles
-from landmark_llama.attention.triton_rows import QueryRows
-from landmark_llama.attention.triton_selection import select_blocks
-from landmark_llama.attention.triton_table import Tile, attend_table, supported
+from landmark_llama.attention import triton_tiles
+from landmark_llama.reading import table_triton
+from landmark_llama.reading.choice_triton import select_blocks
+from landmark_llama.reading.table_triton import Tile, attend_table, supported
+from landmark_llama.reading.triton_rows import QueryRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -221,7 +223,7 @@ def test_of_equal_scores_the_later_blocks_are_chosen() -> None:
 def test_a_walk_shared_by_programs_chooses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([2000], [1], k=4, heads=2)
     shared = choose(case, "token_and_head")
-    monkeypatch.setattr("landmark_llama.attention.triton_selection.MOST_SPLITS", 1)
+    monkeypatch.setattr("landmark_llama.reading.choice_triton.MOST_SPLITS", 1)
     assert torch.equal(choose(case, "token_and_head"), shared)
     assert_the_best_are_chosen(case, shared, "token_and_head")
 
@@ -318,7 +320,7 @@ def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeyp
     settings |= {"rotary": case.rotary, "scale": SCALE, "landmarks_tie": False}
     outputs = []
     for kernels in (False, True):
-        monkeypatch.setattr(streaming, "kernels_take", lambda *_, kernels=kernels: kernels)
+        monkeypatch.setattr(table, "kernels_take", lambda *_, kernels=kernels: kernels)
         outputs.append(attend_through_table(case.query, case.storage, case.groups, **settings))
     real = case.groups.scatter(case.groups.valid)
     torch.testing.assert_close(outputs[1][real], outputs[0][real])
@@ -360,8 +362,8 @@ def test_a_tile_that_the_chip_has_no_room_for_gives_way_to_the_next(monkeypatch:
             raise OutOfResources(300_000, 100_000, "shared memory")
         return attend_in_tiles(tile, *args, **kwargs)
 
-    attend_in_tiles = triton_table._attend_in_tiles
-    monkeypatch.setattr(triton_table, "_attend_in_tiles", scarce)
+    attend_in_tiles = table_triton._attend_in_tiles
+    monkeypatch.setattr(table_triton, "_attend_in_tiles", scarce)
     monkeypatch.setattr(triton_tiles, "_too_large", set())
     for _ in range(2):  # what was too large is not tried again
         assert torch.equal(attend_table(*arguments, **settings), expected)

@@ -129,12 +129,12 @@ def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
 
 def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
     """What reading through the cache launches at one of `SHAPES`, for a choice of each query and a shared one."""
-    from landmark_llama.attention import triton_selection, triton_table
     from landmark_llama.attention.rotary import RotaryTable
-    from landmark_llama.attention.triton_rows import QueryRows
+    from landmark_llama.reading import choice_triton, table_triton
+    from landmark_llama.reading.triton_rows import QueryRows
 
     heads, kv_heads, head_dim, block_size, k, dtype, queries = SHAPES[name]
-    triton_table.shared_memory = lambda device: memory
+    table_triton.shared_memory = lambda device: memory
     groups, capacity = 2, 2048
     query = torch.empty(1, groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
     landmark = torch.empty(1, kv_heads, capacity, head_dim, dtype=dtype)
@@ -144,9 +144,9 @@ def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
-        choice = triton_selection.select_blocks(query, landmark, rows, k=k, share=share, landmarks_tie=tie, **settings)
-        triton_table.attend_table(query, block, block, rows, choice, one_block=not tie, **settings)
-    triton_table.attend_table(query, block, block, rows, None, one_block=True, **settings)
+        choice = choice_triton.select_blocks(query, landmark, rows, k=k, share=share, landmarks_tie=tie, **settings)
+        table_triton.attend_table(query, block, block, rows, choice, one_block=not tie, **settings)
+    table_triton.attend_table(query, block, block, rows, None, one_block=True, **settings)
     recorded, recorder.calls = recorder.calls, []
     yield from ([call] for call in recorded)
 

@@ -1,0 +1,1 @@
+"""The demo's training text and its tokenizer."""

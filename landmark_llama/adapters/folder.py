@@ -1,0 +1,166 @@
+"""Adapters (LoRA with a trained landmark row): what their folder holds, whether it belongs to a model, loading it.
+
+An adapter's folder holds peft's two files, the tokenizer, `config.json` (the whole landmark configuration that it was
+trained with) and `landmark_adapter.json` (which tokenizer that was). peft itself is imported only where a model is
+built, so that reading and merging adapters needs nothing but the library (`docs/adapters.md`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from landmark_llama.checkpoints.files import local_folder
+from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
+from landmark_llama.modeling import LandmarkLlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_RECORD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "landmark_adapter.json",
+)
+EMBEDDING = "embed_tokens"
+LANDMARK_ROW = f"base_model.model.model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
+# What a base has to share with the model that the adapter was trained on.
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "tie_word_embeddings",
+)  # fmt: skip
+LANDMARK_SETTINGS = (*RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "predict_from_landmark")
+
+
+def is_adapter(folder: str | PathLike[str]) -> bool:
+    """Whether a local folder holds an adapter instead of a whole model."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's vocabulary: which token has which id."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder says, its weights still on the disk."""
+
+    folder: Path
+    peft: dict[str, Any]  # adapter_config.json
+    config: LandmarkLlamaConfig
+    tokenizer_fingerprint: str
+    names: frozenset[str]  # of its tensors
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str]) -> Adapter:
+        """Reads a local folder or one of the hub; its files, and whether they hold a landmark row.
+
+        Raises:
+            OSError: a file is missing or damaged.
+            ValueError: the adapter was trained without its landmark's embedding row, or for another landmark id.
+        """
+        path = local_folder(folder)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", TOKENIZER_RECORD):
+            if not (path / name).is_file():
+                raise OSError(f"{folder}: holds no {name}, so it is no adapter of a landmark LLaMA")
+        try:
+            peft, record = (json.loads((path / name).read_text("utf-8")) for name in (ADAPTER_CONFIG, TOKENIZER_RECORD))
+            fingerprint = record["tokenizer_sha256"]
+            config = AutoConfig.from_pretrained(path)
+            with safe_open(path / ADAPTER_WEIGHTS, "pt") as weights:
+                shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise OSError(f"{path / ADAPTER_WEIGHTS}: truncated or damaged ({error})") from error
+        except (json.JSONDecodeError, KeyError) as error:
+            raise OSError(f"{folder}: {ADAPTER_CONFIG} or {TOKENIZER_RECORD} is damaged ({error!r})") from error
+        if not isinstance(config, LandmarkLlamaConfig):
+            raise ValueError(f"{folder}: config.json is of a {config.model_type!r}, not of a landmark LLaMA")
+        adapter = cls(path, peft, config, fingerprint, frozenset(shapes))
+        adapter._check_landmark_row(shapes)
+        return adapter
+
+    @property
+    def base(self) -> str:
+        """The checkpoint that it was trained on: a folder or a hub id."""
+        return self.peft["base_model_name_or_path"]
+
+    def _check_landmark_row(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        trained = self.peft.get("trainable_token_indices")
+        trained = trained.get(EMBEDDING) if isinstance(trained, dict) else trained
+        if trained != [self.config.landmark_token_id]:
+            raise ValueError(
+                f"{self.folder}: trained the embedding rows {trained or 'of no token'}, not the one of its landmark, "
+                f"{self.config.landmark_token_id}; an untrained landmark finds nothing: train it with finetune/run.py"
+            )
+        if shapes.get(LANDMARK_ROW) != (1, self.config.hidden_size):
+            raise ValueError(
+                f"{self.folder}: {ADAPTER_WEIGHTS} lacks the landmark's embedding row ({LANDMARK_ROW} of shape "
+                f"(1, {self.config.hidden_size})), without which the model finds nothing: save the adapter again with "
+                "save_pretrained of the model that landmark_llama or finetune/run.py made"
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError if `tokenizer`, the landmark token added, is not the one it was trained with."""
+        self.check_fingerprint(tokenizer_fingerprint(tokenizer), tokenizer.name_or_path)
+
+    def check_fingerprint(self, fingerprint: str, name: str) -> None:
+        """As `check_tokenizer`, for a tokenizer already reduced to its fingerprint."""
+        if fingerprint != self.tokenizer_fingerprint:
+            raise ValueError(
+                f"tokenizer {name}: its vocabulary is not the one that the adapter {self.folder} was trained with; "
+                "take the tokenizer in the adapter's folder"
+            )
+
+    def check_base(self, config: LlamaConfig, name: str | PathLike[str]) -> None:
+        """Raises ValueError if a model of this configuration, landmark or vanilla, cannot be what it was trained on."""
+        own, remedy = self.config, f"the adapter {self.folder} was trained on {self.base}: give that"
+        for field in SHAPE:
+            if getattr(config, field) != getattr(own, field):
+                raise ValueError(f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}")
+        if isinstance(config, LandmarkLlamaConfig):
+            for field in ("landmark_token_id", "vocab_size", "block_size"):
+                if getattr(config, field) != getattr(own, field):
+                    raise ValueError(
+                        f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}"
+                    )
+        # the landmark took a spare row, or the one behind the last
+        elif config.vocab_size != own.vocab_size and not (
+            config.vocab_size == own.landmark_token_id == own.vocab_size - 1
+        ):
+            raise ValueError(
+                f"{name}: its vocabulary of {config.vocab_size} tokens is not that of {own.vocab_size} with landmark "
+                f"{own.landmark_token_id}; {remedy}"
+            )
+
+    def make_base(
+        self,
+        source: str | PathLike[str] | LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        **from_pretrained: Any,
+    ) -> LandmarkLlamaForCausalLM:
+        """The landmark LLaMA that the adapter goes on: `source` with the landmark and the settings it was trained with.
+
+        source: a folder, a hub id or a loaded model, vanilla or with landmarks.
+        """
+        settings = {name: getattr(self.config, name) for name in LANDMARK_SETTINGS}
+        loaded = isinstance(source, LlamaForCausalLM)
+        config = source.config if loaded else AutoConfig.from_pretrained(source)
+        self.check_base(config, type(source).__name__ if loaded else source)
+        if not isinstance(config, LandmarkLlamaConfig):
+            return LandmarkLlamaForCausalLM.from_llama(
+                source, tokenizer, self.config.block_size, **settings, **from_pretrained
+            )
+        for name, value in settings.items():
+            setattr(config, name, value)
+        if loaded:
+            return source
+        return LandmarkLlamaForCausalLM.from_pretrained(source, config=config, **from_pretrained)

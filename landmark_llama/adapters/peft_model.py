@@ -1,0 +1,92 @@
+"""A landmark LLaMA with an adapter: a peft model that never leaves its landmark behind. Needs peft."""
+
+from __future__ import annotations
+
+import copy
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
+from safetensors import safe_open
+
+from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, EMBEDDING, LANDMARK_ROW, TOKENIZER_RECORD, Adapter
+from landmark_llama.modeling import LandmarkLlamaForCausalLM
+
+
+class LandmarkPeftModel(PeftModelForCausalLM):
+    """peft's model, which also trains the landmark's embedding row, saves what it was made with, and checks it.
+
+    Where input and output embedding are tied, the landmark's output row follows; an untied one stays the mean of the
+    others that it was made as: the landmark is never predicted.
+
+    Args:
+        model: a landmark LLaMA; peft changes it in place.
+        peft_config: which LoRA. `trainable_token_indices` is set here.
+        tokenizer_fingerprint: of the tokenizer with its landmark (`folder.tokenizer_fingerprint`).
+    """
+
+    def __init__(
+        self, model: LandmarkLlamaForCausalLM, peft_config: LoraConfig, *, tokenizer_fingerprint: str, **kwargs: Any
+    ) -> None:
+        peft_config.trainable_token_indices = {EMBEDDING: [model.config.landmark_token_id]}
+        super().__init__(model, peft_config, **kwargs)
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+
+    @classmethod
+    def of(cls, model: LandmarkLlamaForCausalLM, adapter: Adapter, is_trainable: bool = False) -> LandmarkPeftModel:
+        """`model` with `adapter` loaded; raises ValueError if its landmark row is the one that `model` starts with."""
+        _refuse_untrained_row(model, adapter)
+        config = LoraConfig.from_pretrained(adapter.folder)
+        config.inference_mode = not is_trainable
+        peft_model = cls(model, config, tokenizer_fingerprint=adapter.tokenizer_fingerprint)
+        peft_model.load_adapter(adapter.folder, "default", is_trainable=is_trainable)
+        return peft_model
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Saves what was trained, the landmark configuration and the tokenizer's fingerprint; not the tokenizer."""
+        # by itself peft would save both embeddings whole, seeing that the vocabulary has grown
+        kwargs["save_embedding_layers"] = False
+        super().save_pretrained(str(save_directory), is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            config = copy.deepcopy(self.config)
+            if hasattr(config, "quantization_config"):  # how the base was held in training, no part of what was learnt
+                del config.quantization_config
+            config.save_pretrained(save_directory)
+            record = {"tokenizer_sha256": self.tokenizer_fingerprint, "landmark_token_id": config.landmark_token_id}
+            (Path(save_directory) / TOKENIZER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def load_adapter(self, model_id: str | PathLike[str], adapter_name: str, **kwargs: Any) -> Any:
+        """As peft's, which leaves alone what a file lacks; here every weight has to be there, and be known.
+
+        Raises:
+            OSError: a file is missing or damaged.
+            ValueError: the adapter belongs to another model, tokenizer or landmark, or is not complete.
+        """
+        adapter = Adapter.read(model_id)
+        adapter.check_base(self.config, "the model")
+        adapter.check_fingerprint(self.tokenizer_fingerprint, "of the model")
+        if adapter_name in self.peft_config:
+            wanted = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False).keys()
+            for problem, names in (("lacks", wanted - adapter.names), ("holds foreign", adapter.names - wanted)):
+                if names:
+                    raise ValueError(f"{model_id}: {problem} weights, {len(names)} of them, the first {min(names)}")
+        return super().load_adapter(str(adapter.folder), adapter_name, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Writes none: a README in the folder is its owner's."""
+
+
+def _refuse_untrained_row(model: LandmarkLlamaForCausalLM, adapter: Adapter) -> None:
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as weights:
+        row = weights.get_tensor(LANDMARK_ROW)[0]
+    start = model.get_input_embeddings().weight[model.config.landmark_token_id]
+    if torch.equal(row.to(start), start):
+        raise ValueError(
+            f"{adapter.folder}: the landmark's embedding row is still the one that training starts from, and an "
+            "untrained landmark finds nothing; was it trained at all?"
+        )

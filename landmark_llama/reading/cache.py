@@ -1,0 +1,140 @@
+"""LandmarkCache: what a landmark LLaMA remembers of the text it has read, as a transformers `Cache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.reading.decoding_graphs import DecodingGraphs
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+
+
+class LandmarkCacheLayer(CacheLayerMixin):
+    """One layer's blocks. Positions are counted by the cache; the layer only stores what it is given."""
+
+    is_croppable = True
+
+    def __init__(self, storage: BlockStorage) -> None:
+        super().__init__()
+        self.storage = storage
+
+    def update(self, key_states: Tensor, value_states: Tensor, start: Tensor, stop: int | None = None) -> BlockStorage:
+        """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
+        self.storage.write(key_states, value_states, start, stop)
+        self.is_initialized = True
+        return self.storage
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.storage.select_rows(beam_idx)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: storage takes its shape from the first keys that it is given."""
+
+    def get_mask_sizes(self, query_length: int) -> NoReturn:
+        raise NotImplementedError("a LandmarkCache masks by blocks and has no dense mask: use it with a landmark LLaMA")
+
+    def get_seq_length(self) -> NoReturn:
+        raise NotImplementedError("lengths are counted by the cache: LandmarkCache.get_seq_length()")
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class LandmarkCache(Cache):
+    """Keys, values and landmarks of everything a batch has read, by row, layer and block.
+
+    Rows are independent: each one's tokens are numbered from its first real one, and what `attention_mask` hides is
+    never stored. The cache may be used over several calls and turns that end anywhere inside a block.
+
+    Args:
+        config: of the model it is for.
+        storage: makes the storage of one layer, given the block size; by default the model's device.
+        cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
+            (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
+            Elsewhere it changes nothing.
+
+    Example:
+
+        cache = LandmarkCache(model.config)
+        model(first_ids, past_key_values=cache)                              # reads, in calls of any length
+        model.generate(all_ids, past_key_values=cache, max_new_tokens=20)    # goes on where the cache ends
+        cache.crop(-20)                                                      # forgets the last 20 columns
+    """
+
+    def __init__(
+        self,
+        config: LandmarkLlamaConfig,
+        storage: Callable[[int], BlockStorage] = DeviceStorage,
+        *,
+        cuda_graphs: bool = False,
+    ) -> None:
+        if not isinstance(config, LandmarkLlamaConfig):
+            raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
+        self.block_size = config.block_size
+        self._make_storage = storage
+        self.graphs = DecodingGraphs() if cuda_graphs else None
+        super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
+        self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
+
+    def ordinary_tokens(self, batch: int) -> Tensor:
+        """Ordinary tokens each row has seen: (batch,), on the CPU. Raises ValueError if the cache has other rows."""
+        if self._real is None:
+            return torch.zeros(batch, dtype=torch.long)
+        if len(self._real) != batch:
+            raise ValueError(
+                f"the cache holds {len(self._real)} rows, input_ids has {batch}: use one cache for one batch"
+            )
+        return self._real.sum(1)
+
+    def expect(self, positions: int) -> None:
+        """Announces that the longest row will soon hold `positions` landmarked positions."""
+        for layer in self.layers:
+            layer.storage.expect(-(-positions // self.block_size))
+
+    def advance(self, real: Tensor) -> None:
+        """Counts the columns of a call, once every layer has stored them. `real`: (batch, columns), boolean."""
+        real = real.cpu()
+        self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of `input_ids` seen, padding included: what `generate` slices by."""
+        return 0 if self._real is None else self._real.shape[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` columns; a positive number is the length to keep, as it once was."""
+        length = self.get_seq_length()
+        keep = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+        if keep < 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: the cache holds {length} columns only")
+        if self._real is not None:
+            # what is stored beyond a row's length is never read, and overwritten by what comes next
+            self._real = self._real[:, :keep]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)
+        if self._real is not None:
+            self._real = self._real[beam_idx.cpu()]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps rows `indices`, in that order."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times, the copies side by side."""
+        if self._real is not None:
+            self.reorder_cache(torch.arange(len(self._real)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.layers = [self._new_layer() for _ in self.layers]
+        self._real = None
+
+    def _new_layer(self) -> LandmarkCacheLayer:
+        return LandmarkCacheLayer(self._make_storage(self.block_size))

@@ -1,0 +1,127 @@
+"""How the rows of a batch, in plain coordinates and with padding anywhere, lie in landmarked columns.
+
+Every row's own tokens are numbered from its first real one, so padding moves no landmark. In a forward call the rows
+stand left-aligned: row `r` brings `length[r]` landmarked positions in columns 0 .. length[r] - 1, whatever follows is
+padding that no real position can see. Where a row holds several documents (`rows/documents.py`), they follow
+each other without a gap, each numbered from its own first token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from landmark_llama.tokenization import landmarked_length
+
+
+class Layout(NamedTuple):
+    """One call's rows, plain columns to landmarked columns.
+
+    source: (batch, columns): the plain column that a landmarked column shows; the number of plain columns for a
+        landmark (and for padding, whose content does not matter).
+    output: (batch, outputs): the landmarked column that speaks for each plain column of the result.
+    start: (batch,): landmarked positions that each row had before. On the CPU, as `length` and `ordinary` are.
+    length: (batch,): landmarked positions that each row brings.
+    ordinary: (batch,): ordinary tokens that each row brings.
+    """
+
+    source: Tensor
+    output: Tensor
+    start: Tensor
+    length: Tensor
+    ordinary: Tensor
+
+
+def lay_out(
+    real: Tensor,
+    keep: Tensor | None,
+    before: Tensor,
+    begins: Tensor | None = None,
+    *,
+    block_size: int,
+    predict_from_landmark: bool,
+) -> Layout:
+    """Layout of one call.
+
+    Args:
+        real: (batch, length), boolean: which columns of the input hold an ordinary token.
+        keep: (batch, length), boolean, or None for all: which columns stand in the result. Rows that keep fewer than
+            others are padded on the left.
+        before: (batch,), on the CPU: ordinary tokens that each row has seen in earlier calls.
+        begins: (batch, length), boolean, or None: where documents begin, which are numbered anew.
+        block_size: positions of a block, its landmark included.
+        predict_from_landmark: the landmark of a block speaks for the block's last ordinary token.
+    """
+    device = real.device
+    seen = real.cumsum(1)
+    token = _in_document(seen + before.to(device).unsqueeze(1), real, begins) - 1  # its number in its document
+    completes = real & (token % (block_size - 1) == block_size - 2)  # a block, so that a landmark follows
+    column = seen - 1 + completes.cumsum(1) - completes.long()
+    ordinary, landmarks = torch.stack([real.sum(1), completes.sum(1)]).cpu()
+    start, length = landmarked_length(before, block_size), ordinary + landmarks
+    columns = max(int(length.max()), 1)
+    # padding writes into one column more, which is cut off
+    source = torch.full((len(real), columns + 1), real.shape[1], device=device)
+    source.scatter_(1, column.masked_fill(~real, columns), torch.arange(real.shape[1], device=device).expand_as(column))
+    output = column + completes.long() if predict_from_landmark else column
+    output = output.masked_fill(~real, 0)
+    if keep is not None:
+        output = compact(output, keep)
+    return Layout(source[:, :columns], output, start, length, ordinary)
+
+
+def compact(x: Tensor, keep: Tensor, fill: int = 0) -> Tensor:
+    """The kept columns of `x` (batch, length), rows that keep fewer padded on the left with `fill`."""
+    kept = keep.sum(1, keepdim=True)
+    width = int(kept.max())
+    # a stable sort moves what is dropped to the left and leaves the order of the rest alone
+    order = keep.sort(dim=1, stable=True).indices[:, x.shape[1] - width :]
+    dropped = torch.arange(width, device=x.device) < width - kept
+    return x.gather(1, order).masked_fill(dropped, fill)
+
+
+def find_landmarks(
+    input_ids: Tensor,
+    real: Tensor,
+    before: Tensor,
+    begins: Tensor | None = None,
+    *,
+    block_size: int,
+    landmark_token_id: int,
+) -> Tensor | None:
+    """Where `input_ids` (batch, length) already holds landmarks: boolean of the same shape, or None if nowhere.
+
+    `real` is False at padding, `before` counts the ordinary tokens of each row in earlier calls, `begins` says where
+    documents begin, as in `lay_out`. A landmark may stand right after the last ordinary token of a block, once; it need
+    not, since the model sets each landmark itself.
+
+    Raises:
+        ValueError: naming the row and position of a landmark anywhere else.
+    """
+    landmark = (input_ids == landmark_token_id) & real
+    if not landmark.any():
+        return None
+    ordinary = real & ~landmark
+    seen = ordinary.cumsum(1) + before.to(real.device).unsqueeze(1)
+    in_document = _in_document(seen, ordinary, begins)
+    regular = (in_document % (block_size - 1) == 0) & (in_document > 0)
+    latest = torch.where(landmark, seen, -1).cummax(1).values
+    repeated = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1) == seen
+    wrong = landmark & (~regular | repeated)
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids, row {row}, position {position}: a landmark token ({landmark_token_id}) stands where none "
+            f"belongs; landmarks come after every {block_size - 1} ordinary tokens of a "
+            f"{'row' if begins is None else 'document'}, and the model sets them"
+        )
+    return landmark
+
+
+def _in_document(seen: Tensor, counted: Tensor, begins: Tensor | None) -> Tensor:
+    """`seen` (batch, length), how many `counted` columns a row has up to each one, counted anew for each document."""
+    if begins is None:
+        return seen
+    return seen - torch.where(begins, seen - counted.long(), 0).cummax(1).values
