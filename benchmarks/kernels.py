@@ -238,7 +238,6 @@ class Reader:
                 groups,
                 num_retrieved_blocks=self.args.num_retrieved_blocks,
                 granularity=self.granularity,
-                block_size=self.args.block_size,
                 rotary=self.rotary,
                 scale=self.args.head_dim**-0.5,
                 landmarks_tie=False,

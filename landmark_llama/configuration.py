@@ -15,13 +15,24 @@ RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attenti
 class RetrievalSettings(NamedTuple):
     """How a model reads what lies outside its window; checked against the window by `LandmarkLlamaConfig.retrieval`.
 
-    `num_direct_blocks`: blocks before the own one that are read directly (`sliding`), or blocks of a chunk (`chunked`).
+    num_retrieved_blocks: blocks that a query retrieves.
+    num_direct_blocks: blocks before its own that a query reads directly; in chunked attention, at most so many.
     """
 
     num_retrieved_blocks: int
     num_direct_blocks: int
     local_attention: LocalAttention
     granularity: RetrievalGranularity
+
+    @property
+    def chunked(self) -> bool:
+        """Whether a call is cut into chunks, each of which reads its own blocks directly."""
+        return self.local_attention == "chunked"
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks of a chunk in chunked attention: the last one reads all others directly."""
+        return self.num_direct_blocks + 1
 
 
 class LandmarkLlamaConfig(LlamaConfig):
@@ -96,10 +107,7 @@ class LandmarkLlamaConfig(LlamaConfig):
                 f"positions of train_context_length={self.train_context_length} (block_size={self.block_size}): "
                 "retrieve or keep fewer blocks, or use smaller ones"
             )
-        if attention == "chunked":
-            direct = room + 1
-        else:
-            direct = room if local is None else local
+        direct = room if local is None or attention == "chunked" else local
         return RetrievalSettings(retrieved, direct, attention, granularity)
 
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.tokenization import add_landmark_token
 
 if TYPE_CHECKING:
@@ -111,3 +111,60 @@ def mean_of_other_rows(weight: torch.Tensor, token_id: int) -> torch.Tensor:
     """What a new landmark's row starts as: the mean (columns,) of the rows of `weight` but `token_id`, in its dtype."""
     others = torch.cat([weight[:token_id], weight[token_id + 1 :]]) if token_id < len(weight) else weight
     return others.float().mean(0).to(weight.dtype)
+
+
+class FromLlamaMixin:
+    """How a landmark LLaMA is made of a vanilla checkpoint, and loaded from its own."""
+
+    @classmethod
+    def from_llama(
+        cls,
+        source: str | PathLike[str] | LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int = 64,
+        *,
+        train_context_length: int | None = None,
+        num_retrieved_blocks: int = 4,
+        num_local_blocks: int | None = None,
+        local_attention: LocalAttention = "sliding",
+        retrieval_granularity: RetrievalGranularity = "token_and_head",
+        train_retrieved_blocks: int | None = None,
+        predict_from_landmark: bool = False,
+        **from_pretrained: Any,
+    ) -> Any:
+        """Makes a landmark LLaMA of a vanilla LLaMA checkpoint; fine-tune it before expecting it to find anything.
+
+        The landmark token is added to `tokenizer` in place, its embedding row (and output row) is the mean of the
+        others, every other weight stays bitwise as it was.
+
+        Args:
+            source: folder or hub id of a LLaMA checkpoint, or a loaded `LlamaForCausalLM` (left alone).
+            tokenizer: the checkpoint's tokenizer; save it beside the model.
+            block_size, ...: fields of `LandmarkLlamaConfig`.
+            from_pretrained: for `LlamaForCausalLM.from_pretrained`: `dtype`, `device_map`, `revision`, ...
+
+        Raises:
+            ValueError: if the checkpoint is not a LLaMA, or its window cannot hold the settings.
+            OSError: if the checkpoint is missing, truncated or incomplete.
+        """
+        return convert_llama(
+            cls,
+            source,
+            tokenizer,
+            {
+                "block_size": block_size,
+                "train_context_length": train_context_length,
+                "num_retrieved_blocks": num_retrieved_blocks,
+                "num_local_blocks": num_local_blocks,
+                "local_attention": local_attention,
+                "retrieval_granularity": retrieval_granularity,
+                "train_retrieved_blocks": train_retrieved_blocks,
+                "predict_from_landmark": predict_from_landmark,
+            },
+            from_pretrained,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a landmark checkpoint, as transformers does; a damaged or incomplete one raises an `OSError`."""
+        return checked_load(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
