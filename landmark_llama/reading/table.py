@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from landmark_llama.attention.availability import triton_is_installed
-from landmark_llama.attention.blockwise import attend_retrieved, attend_window
+from landmark_llama.attention.blockwise import attend_gathered, attend_window
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.choice import choose_blocks, rotate_to_distances
 from landmark_llama.reading.groups import QueryGroups
@@ -62,7 +62,7 @@ def attend_through_table(
         choices = choice.block.shape[4]
         shape = (choices, grouped.shape[4] // choices)
         key, value = storage.gather(choice.block.clamp_min(0))
-        output = attend_retrieved(
+        output = attend_gathered(
             choice.at_their_distances(rotated).unflatten(4, shape).transpose(-3, -2),
             key,
             value,
@@ -94,18 +94,16 @@ def _attend_with_kernels(
     """`attend_through_table` in Triton: a few launches, and no number that the host must wait for."""
     from landmark_llama.reading.choice_triton import select_blocks
     from landmark_llama.reading.table_triton import attend_table
-    from landmark_llama.reading.triton_rows import QueryRows
 
     query = query.contiguous()
-    rows = QueryRows(groups.column, groups.valid, groups.position, groups.first_block).contiguous()
     choice = None
     with torch.cuda.device_of(query):
         if k and groups.candidates and granularity == "token":
             choice = _choose_for_all_heads(query, storage, groups, k, landmarks_tie, **settings)
         elif k and groups.candidates:
             how = {"k": k, "share": granularity == "head", "landmarks_tie": landmarks_tie}
-            choice = select_blocks(query, storage.landmark, rows, **how, **settings)
-        return attend_table(query, storage.key, storage.value, rows, choice, one_block=groups.one_block, **settings)
+            choice = select_blocks(query, storage.landmark, groups, **how, **settings)
+        return attend_table(query, storage.key, storage.value, groups, choice, one_block=groups.one_block, **settings)
 
 
 def _choose_for_all_heads(
