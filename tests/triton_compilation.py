@@ -60,7 +60,8 @@ def compile_call(
 
     def specialise(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
         if isinstance(value, tuple):
-            return tuple(specialise(x, (*path, i)) for i, x in enumerate(value))
+            parts = [specialise(x, (*path, i)) for i, x in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # a named tuple keeps its names
         if constant or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
@@ -131,24 +132,38 @@ def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list
     """What reading through the cache launches at one of `SHAPES`, for a choice of each query and a shared one."""
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton
-    from landmark_llama.reading.triton_rows import QueryRows
+    from landmark_llama.reading.groups import QueryGroups
 
     heads, kv_heads, head_dim, block_size, k, dtype, queries = SHAPES[name]
     table_triton.shared_memory = lambda device: memory
-    groups, capacity = 2, 2048
-    query = torch.empty(1, groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
+    num_groups, capacity = 2, 2048
+    query = torch.empty(1, num_groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
     landmark = torch.empty(1, kv_heads, capacity, head_dim, dtype=dtype)
     block = landmark.unsqueeze(3).expand(-1, -1, -1, block_size, -1)  # never read
-    index = torch.zeros(1, groups, queries, dtype=torch.long)
-    rows = QueryRows(index, index.bool(), index, index[..., 0].contiguous())
+    groups = QueryGroups.of(
+        torch.tensor([64 * block_size]),
+        torch.tensor([num_groups * queries]),
+        num_direct_blocks=1,
+        tile_blocks=1,
+        chunked=False,
+        share=queries > 1,
+        block_size=block_size,
+    )
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
-        choice = choice_triton.select_blocks(query, landmark, rows, k=k, share=share, landmarks_tie=tie, **settings)
-        table_triton.attend_table(query, block, block, rows, choice, one_block=not tie, **settings)
-    table_triton.attend_table(query, block, block, rows, None, one_block=True, **settings)
+        choice = choice_triton.select_blocks(query, landmark, groups, k=k, share=share, landmarks_tie=tie, **settings)
+        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **settings)
+    table_triton.attend_table(query, block, block, groups, None, one_block=True, **settings)
     recorded, recorder.calls = recorder.calls, []
     yield from ([call] for call in recorded)
+
+
+def constants(value: Any) -> Any:
+    """What a kernel may be compiled for: numbers that are no floats, also inside tuples; None for everything else."""
+    if isinstance(value, tuple):
+        return tuple(constants(x) for x in value)
+    return value if isinstance(value, int) else None
 
 
 def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -163,8 +178,7 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
         calls = training_calls(name, recorder) if family == "training" else inference_calls(name, recorder, memory)
         for tiles in calls:
             kernel, arguments, options = tiles[0]
-            constants = {k: v for k, v in arguments.items() if not isinstance(v, (torch.Tensor, float))}
-            key = (kernel.fn.__name__, *sorted(constants.items()), *sorted(options.items()))
+            key = (kernel.fn.__name__, *((k, constants(v)) for k, v in arguments.items()), *sorted(options.items()))
             if key in seen:
                 continue
             seen.add(key)
@@ -172,7 +186,7 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
                 row = compile_call(kernel, arguments, options, capability)
                 if row["shared"] <= memory:
                     break
-            tile = {name: arguments[name] for name in ("ROWS", "M", "N") if name in arguments}
+            tile = {name: arguments[name] for name in ("M", "N") if name in arguments}
             yield {"shape": name, "tile": tile, **row}
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from landmark_llama.attention.availability import triton_is_installed
-from landmark_llama.attention.blockwise import attend_retrieved, attend_window
+from landmark_llama.attention.blockwise import attend_gathered, attend_window
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
@@ -94,36 +95,69 @@ def attend_through_table(
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels, grouped, rotated, choice = kernels_take(storage, query.dtype, rotary), None, None, None
-    if not kernels or granularity == "token":
+    kernels = kernels_take(storage, query.dtype, rotary)
+    grouped = rotated = choice = None
+    if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
     if num_retrieved_blocks and groups.candidates:
+        shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
         if grouped is None:
-            from landmark_llama.reading.choice_triton import select_blocks
-
-            shared = {"share": granularity == "head", "landmarks_tie": landmarks_tie}
-            choice = select_blocks(query, storage.landmark, groups, k=num_retrieved_blocks, **shared, **settings)
+            choice = _choose_with_kernels(query, storage, groups, **shared, **settings)
         else:
-            rotated = rotate_to_distances(
-                grouped * scale, groups.position, num_retrieved_blocks, storage.block_size, rotary
-            )
-            choice = choose_blocks(
-                rotated,
-                storage.landmarks(groups.candidates),
-                groups.first_block,
-                groups.valid,
-                granularity=granularity,
-                landmarks_tie=landmarks_tie,
-            )
+            rotated, choice = _choose_in_pytorch(grouped, storage, groups, **shared, **settings)
     if kernels:
-        from landmark_llama.reading.table_triton import attend_table
-
-        block = choice.block.int() if isinstance(choice, Choice) else choice
-        return attend_table(query, storage.key, storage.value, groups, block, one_block=groups.one_block, **settings)
+        return _attend_with_kernels(query, storage, groups, choice, **settings)
     output, lse = _attend_direct(grouped, storage, groups, **settings)
     if choice is not None:
         output = _add_retrieved(output, lse, rotated, choice, storage)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
+
+
+def _choose_in_pytorch(
+    query: Tensor,
+    storage: BlockStorage,
+    groups: QueryGroups,
+    *,
+    k: int,
+    granularity: str,
+    landmarks_tie: bool,
+    block_size: int,
+    rotary: RotaryTable,
+    scale: float,
+) -> tuple[Tensor, Choice]:
+    """`query` (batch, kv_heads, group, groups, queries, head_dim), rotated to the slots, and the blocks it chose."""
+    rotated = rotate_to_distances(query * scale, groups.position, k, block_size, rotary)
+    landmarks = storage.landmarks(groups.candidates)
+    choice = choose_blocks(
+        rotated,
+        landmarks,
+        groups.first_block,
+        groups.valid,
+        granularity=granularity,
+        landmarks_tie=landmarks_tie,
+    )
+    return rotated, choice
+
+
+def _choose_with_kernels(
+    query: Tensor, storage: DeviceStorage, groups: QueryGroups, *, granularity: str, **settings: Any
+) -> Tensor:
+    """The blocks of `Choice`, int32, chosen on the GPU; no number that the host must wait for."""
+    from landmark_llama.reading.choice_triton import select_blocks
+
+    with torch.cuda.device_of(query):
+        return select_blocks(query.contiguous(), storage.landmark, groups, share=granularity == "head", **settings)
+
+
+def _attend_with_kernels(
+    query: Tensor, storage: DeviceStorage, groups: QueryGroups, choice: Choice | Tensor | None, **settings: Any
+) -> Tensor:
+    from landmark_llama.reading.table_triton import attend_table
+
+    block = choice.block.int() if isinstance(choice, Choice) else choice
+    rows = {"one_block": groups.one_block, **settings}
+    with torch.cuda.device_of(query):
+        return attend_table(query.contiguous(), storage.key, storage.value, groups, block, **rows)
 
 
 def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable) -> bool:
@@ -166,7 +200,7 @@ def _add_retrieved(output: Tensor, lse: Tensor, rotated: Tensor, choice: Choice,
     choices = choice.block.shape[4]
     shape = (choices, output.shape[4] // choices)
     key, value = storage.gather(choice.block.clamp_min(0))
-    return attend_retrieved(
+    return attend_gathered(
         choice.at_their_distances(rotated).unflatten(4, shape).transpose(-3, -2),
         key,
         value,
