@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TYPES = {
@@ -83,12 +84,15 @@ def compile_call(
 
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes of a thread, as reported by the assembler."""
+    """Registers and spilled bytes of a thread, as reported by the assembler that Triton takes for the chip.
+
+    Triton brings two. Which PTX it writes depends on which of them will read it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
         chip = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={chip}", str(source), "-o", f"{folder}/kernel.cubin"]
+        command = [get_ptxas(capability).path, "-v", f"-arch={chip}", str(source), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
