@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import LlamaConfig
+
+from landmark_llama.hub import InstalledClass, auto_map, write_loader
 
 LocalAttention = Literal["sliding", "chunked"]
 RetrievalGranularity = Literal["token_and_head", "head", "token"]
@@ -24,7 +27,7 @@ class RetrievalSettings(NamedTuple):
     granularity: RetrievalGranularity
 
 
-class LandmarkLlamaConfig(LlamaConfig):
+class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     """Configuration of a landmark LLaMA.
 
     Beside LLaMA's own fields:
@@ -67,6 +70,12 @@ class LandmarkLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         self._check_tokens()
         self.check()
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with what lets the Auto classes load the folder where the package was not imported."""
+        self.auto_map = auto_map(getattr(self, "auto_map", None))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_loader(save_directory)
 
     def retrieval(
         self,

@@ -25,6 +25,7 @@ from landmark_llama.attention import landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.checkpoints.conversion import checked_load, convert_llama
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
+from landmark_llama.hub import InstalledClass
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.groups import QueryGroups, cut_into_chunks
 from landmark_llama.reading.segments import Segment
@@ -119,7 +120,7 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
         return None
 
 
-class LandmarkLlamaModel(LlamaModel):
+class LandmarkLlamaModel(InstalledClass, LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
 
     config_class = LandmarkLlamaConfig
@@ -301,7 +302,7 @@ class LandmarkLlamaModel(LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(LlamaForCausalLM):
+class LandmarkLlamaForCausalLM(InstalledClass, LlamaForCausalLM):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
     config_class = LandmarkLlamaConfig
