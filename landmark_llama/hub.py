@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-LOADER = "modeling_landmark_llama.py"
+LOADER = "landmark_llama_classes.py"  # no model*: that is how files of weights are told from an adapter
 CLASSES = {
     "AutoConfig": "LandmarkLlamaConfig",
     "AutoModel": "LandmarkLlamaModel",

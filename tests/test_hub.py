@@ -96,11 +96,11 @@ def test_registering_for_the_auto_classes_makes_no_second_class(tmp_path: Path) 
 
 def test_a_configuration_from_the_hub_names_the_code_beside_it_once_saved(tmp_path: Path) -> None:
     config = tiny_config()
-    config.auto_map = {"AutoConfig": "somebody/model--modeling_landmark_llama.LandmarkLlamaConfig", "AutoX": "mine.X"}
+    config.auto_map = {"AutoConfig": "somebody/model--landmark_llama_classes.LandmarkLlamaConfig", "AutoX": "mine.X"}
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert written.pop("AutoX") == "mine.X"
     assert set(written.values()) == {
-        f"modeling_landmark_llama.{name}"
+        f"landmark_llama_classes.{name}"
         for name in ("LandmarkLlamaConfig", "LandmarkLlamaModel", "LandmarkLlamaForCausalLM")
     }
