@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import LlamaConfig
 
@@ -53,6 +53,9 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     """
 
     model_type = "landmark_llama"
+    # Tools that cut prompts, as lm-eval does, look for a limit here before they take `max_position_embeddings` for one.
+    # There is none; a trillion is safe as a machine integer, and a batch as wide as that is refused at once.
+    n_positions: ClassVar[int] = 2**40
 
     landmark_token_id: int | None = None
     block_size: int = 64
