@@ -30,8 +30,8 @@ from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.groups import QueryGroups, cut_into_chunks
 from landmark_llama.reading.segments import Segment
 from landmark_llama.reading.table import attend_through_table, keep_freed_memory
-from landmark_llama.rows.checks import check_inputs, check_segment, check_streaming
-from landmark_llama.rows.documents import Documents, find_documents
+from landmark_llama.rows.checks import check_inputs, check_segment, check_streaming, warn_of_frozen_landmark
+from landmark_llama.rows.documents import Documents, find_documents, packed_positions
 from landmark_llama.rows.layout import Layout, compact, find_landmarks, lay_out
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class LandmarkLlamaModel(InstalledClass, LlamaModel):
             self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
+        self._landmark_row_checked = False
 
     def forward(
         self,
@@ -156,6 +157,13 @@ class LandmarkLlamaModel(InstalledClass, LlamaModel):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
         given = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
@@ -163,6 +171,10 @@ class LandmarkLlamaModel(InstalledClass, LlamaModel):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
         content = input_ids if input_ids is not None else inputs_embeds
         batch, length = content.shape[:2]
+        if self.training and not self._landmark_row_checked:
+            self._landmark_row_checked = True
+            warn_of_frozen_landmark(self)
+        position_ids = packed_positions((batch, length), position_ids, cu_seq_lens_q, seq_idx)
         if past_key_values is None and use_cache:
             past_key_values = LandmarkCache(self.config)
         before = (
@@ -385,6 +397,13 @@ class LandmarkLlamaForCausalLM(InstalledClass, LlamaForCausalLM):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
@@ -411,6 +430,11 @@ class LandmarkLlamaForCausalLM(InstalledClass, LlamaForCausalLM):
             num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
             num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
                 configuration's, for this call.
+            cu_seq_lens_q: (documents + 1,), where the documents of a single row begin, and its length; instead of
+                `position_ids`.
+            seq_idx: (batch, length), the number of each column's document; instead of both.
+            cu_seq_lens_k, max_length_q, max_length_k, cache_position, token_type_ids: accepted, as other libraries pass
+                them to any model, and not needed.
 
         Raises:
             ValueError: naming the argument and the place in it.
@@ -429,6 +453,8 @@ class LandmarkLlamaForCausalLM(InstalledClass, LlamaForCausalLM):
             num_local_blocks=num_local_blocks,
             local_attention=local_attention,
             retrieval_granularity=retrieval_granularity,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
         )
         states, loss = outputs.last_hidden_state, None
         if labels is None:
