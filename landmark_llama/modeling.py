@@ -30,7 +30,7 @@ from landmark_llama.attention.view import View
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
 from landmark_llama.generation import LandmarkGenerationMixin
-from landmark_llama.hub import InstalledClass
+from landmark_llama.pretrained import LandmarkPreTrained, SavedWithCard
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.groups import cut_into_chunks
@@ -84,11 +84,8 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
         return None
 
 
-class LandmarkLlamaModel(InstalledClass, LlamaModel):
+class LandmarkLlamaModel(LandmarkPreTrained, LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
-
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
         if config.landmark_token_id is None:
@@ -260,11 +257,11 @@ class LandmarkLlamaModel(InstalledClass, LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(InstalledClass, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM):
+class LandmarkLlamaForCausalLM(
+    LandmarkPreTrained, SavedWithCard, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM
+):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
     accepts_loss_kwargs = True
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
