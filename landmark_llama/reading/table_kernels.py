@@ -71,12 +71,9 @@ def attend_kernel(
     first_block = tl.load(p_first_block + i_batch * size.groups + i_group).to(tl.int32)
     p_blocks = _first_block(p_blocks, i_sequence // HEADS_PER_KV, size, BLOCK, HEAD_DIM)
 
-    # peak, total and output of the running softmax
-    b_softmax = (
-        tl.full([M], -float("inf"), tl.float32),
-        tl.zeros([M], tl.float32),
-        tl.zeros([M, padded(HEAD_DIM)], tl.float32),
-    )
+    D: tl.constexpr = padded(HEAD_DIM)
+    # (M,), (M,), (M, D): peak, total and output of the running softmax
+    b_softmax = tl.full([M], -float("inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
     if K > 0:
         o_choosing = tl.zeros([1], tl.int32) if SHARED else o_query
         m_choosing = o_choosing < size.queries
@@ -101,7 +98,7 @@ def attend_kernel(
 
     _, b_total, b_output = b_softmax
     b_output = b_output / b_total[:, None]
-    o_dim = tl.arange(0, padded(HEAD_DIM))
+    o_dim = tl.arange(0, D)
     p_out = p_output + ((i_batch * columns + b_column) * HEADS + i_head)[:, None] * HEAD_DIM + o_dim[None, :]
     m_out = (m_row & m_valid)[:, None] & (o_dim < HEAD_DIM)[None, :]
     tl.store(p_out, b_output.to(p_output.dtype.element_ty), mask=m_out)
