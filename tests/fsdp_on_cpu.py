@@ -1,4 +1,4 @@
-"""Runs `finetune/run.py` with FSDP on CPU processes. Accelerate has it for GPUs alone: it is told these are some."""
+"""Runs `finetune/run.py` with FSDP on CPU processes. Accelerate allows FSDP only on GPUs, so these pose as GPUs."""
 
 import sys
 from pathlib import Path

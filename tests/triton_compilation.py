@@ -1,10 +1,10 @@
-"""Compiles kernels ahead of time, for chips that need not be there.
+"""Compiles kernels ahead of time, for GPUs that this machine need not have.
 
-    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes, all
+    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes: all
 
-Kernels are compiled as they are called: launching is replaced by recording, so that arguments, tiles and
-specialisation are those of the real call. Prints a JSON row a kernel: registers and spilled bytes a thread, shared
-memory of a program. It is a process of its own because a process either interprets kernels or compiles them.
+The launches of a real call are recorded instead of run, so arguments, tiles and specialisation are those of that call.
+Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program. Runs as a process
+of its own, because a process either interprets kernels or compiles them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # shared memory in bytes that one pro
 
 
 class Recorder:
-    """Stands where kernels are launched and keeps each call."""
+    """Replaces the launching of kernels and records each call."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -53,7 +53,7 @@ class Recorder:
 def compile_call(
     kernel: triton.JITFunction, arguments: dict[str, Any], options: dict[str, Any], capability: int
 ) -> dict[str, Any]:
-    """Compiles one recorded call for a chip of `capability`, specialised as a launch would be."""
+    """Compiles one recorded call for a GPU of `capability`, specialised as a launch would be."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -83,7 +83,7 @@ def compile_call(
 
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers a thread and bytes that a thread spills, as the assembler says."""
+    """Registers and spilled bytes of a thread, as reported by the assembler."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
@@ -110,7 +110,7 @@ SHAPES = {
 
 
 def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
-    """What a training step launches at one of `SHAPES`: for each kernel its tiles, from the largest."""
+    """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first."""
     from landmark_llama.attention import fused
 
     heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
@@ -129,7 +129,7 @@ def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
 
 
 def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
-    """What reading through the cache launches at one of `SHAPES`, for a choice of each query and a shared one."""
+    """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one."""
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton
     from landmark_llama.reading.groups import QueryGroups
@@ -167,7 +167,7 @@ def constants(value: Any) -> Any:
 
 
 def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for every different kernel of a family (`training`, `inference`) at the shapes `names`.
+    """A row for each distinct kernel of a family (`training`, `inference`) at the shapes `names`.
 
     Of a kernel's tiles the first counts that the chip has room for, or the last.
     """

@@ -33,6 +33,10 @@ class RotaryTable:
         """
         return _Rotation.apply(x, self.cos[position], self.sin[position])
 
+    def rotate_all(self, position: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`rotate` of several tensors by the same positions."""
+        return tuple(self.rotate(x, position) for x in tensors)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
         """The same table on `device` (the signature that accelerate's device hooks call)."""
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))

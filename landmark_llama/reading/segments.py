@@ -11,6 +11,7 @@ tiles, each of which reads its block once (`attend_chosen`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from landmark_llama.attention.blockwise import attend_sequence
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, rotate_to_distances
 from landmark_llama.reading.storage import BlockStorage
@@ -27,8 +29,9 @@ from landmark_llama.rows.layout import Layout
 TILE_PAIRS = 16  # queries that read a block together: enough for a matrix product, few enough to fill
 
 
-class Segment(NamedTuple):
-    """Where a call in training stands in its rows' texts.
+@dataclass(frozen=True)
+class Segment:
+    """The view of a call in training with a cache: where it stands in its rows' texts, and what it retrieves.
 
     cache: what earlier calls read; this one is added to it.
     start: (batch,): landmarked position of each row's first column, the first of a block.
@@ -50,6 +53,11 @@ class Segment(NamedTuple):
         stop = int(layout.start.max()) + layout.source.shape[1]
         most = int(candidates.max())
         return cls(cache, layout.start.to(device), candidates.to(device), most, stop, num_retrieved_blocks)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Segment:
+        """The same segment on `device` (the signature that accelerate's device hooks call)."""
+        start, candidates = (x.to(device, non_blocking=non_blocking) for x in (self.start, self.candidates))
+        return replace(self, start=start, candidates=candidates)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
@@ -128,6 +136,46 @@ class Segment(NamedTuple):
 def _recomputed(function: Any, *tensors: Tensor) -> Tensor:
     """`function(*tensors)`, which is called again in the backward in place of keeping what it made."""
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def check_segment(
+    config: LandmarkLlamaConfig,
+    layout: Layout,
+    num_retrieved_blocks: int | None,
+    num_local_blocks: int | None,
+    local_attention: str | None,
+    retrieval_granularity: str | None,
+) -> RetrievalSettings:
+    """How a call with a cache is trained on, given what the call asks for; raises a ValueError if it cannot be."""
+    settings = config.segment_retrieval(num_retrieved_blocks)
+    for name, value, only in (
+        ("num_local_blocks", num_local_blocks, None),
+        ("local_attention", local_attention, settings.local_attention),
+        ("retrieval_granularity", retrieval_granularity, settings.granularity),
+    ):
+        if value not in (None, only):
+            raise ValueError(
+                f"{name}={value!r} in training with a cache: a query reads the blocks of its own call directly and "
+                "chooses its own among those of earlier calls; leave it unset, or call model.eval() to read"
+            )
+    inside = (layout.start % config.block_size > 0) & (layout.ordinary > 0)
+    if inside.any():
+        row = int(inside.nonzero()[0])
+        raise ValueError(
+            f"row {row} goes on inside a block, at landmarked position {int(layout.start[row])}: in training, each "
+            f"call that a cache is given to begins with a block, after a multiple of {config.block_size - 1} tokens "
+            f"(block_size={config.block_size}); to read or generate, call model.eval()"
+        )
+    goes_on = bool(layout.start.any())
+    room = settings.chunk_blocks * config.block_size if goes_on else config.train_context_length
+    if layout.length.max() > room:
+        raise ValueError(
+            f"a row takes {int(layout.length.max())} landmarked positions in training with a cache; at most {room} fit "
+            f"train_context_length={config.train_context_length}"
+            + (f" beside {settings.num_retrieved_blocks} retrieved blocks" if goes_on else "")
+            + ": cut the text into more segments"
+        )
+    return settings
 
 
 def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, window: tuple[Tensor, Tensor]) -> Tensor:
