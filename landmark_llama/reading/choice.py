@@ -129,12 +129,12 @@ def _choose(
     scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)
     if granularity != "token_and_head":
         if small:
-            # shares order the candidates as their logarithms do, and are made in fewer passes; 0 is no candidate's
+            # softmax ranks as log-softmax does, in fewer passes; masked entries are 0
             scores.exp_()
             scores.mul_(scores.sum(-1, keepdim=True).reciprocal_())
             nothing = 0.0
         else:
-            # where all landmarks tie, each of the older columns stands for some of the n - k older candidates
+            # of the n - k older candidates, which tie, only k have a column: each column counts for (n - k) / k of them
             weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
             if tie:
                 scores[..., :k] += weight
@@ -157,7 +157,7 @@ def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Ten
     """
     k = rotated.shape[-2] - 1
     fewest = int(candidates.min())
-    # with columns of nothing in front, a group's last k candidates have columns also where there are fewer
+    # left-pad, so that every group has k recent columns
     missing = max(0, k + 1 - fewest)
     if missing:
         landmarks = torch.nn.functional.pad(landmarks, (0, 0, missing, 0))

@@ -4,9 +4,9 @@ A segment reads its own blocks directly, as a call without a cache does, and ret
 chunked reading does. Gradients reach the segment's own keys and values alone: those in the cache are numbers
 (truncated back-propagation). See `docs/training_through_memory.md`.
 
-Reading gathers the keys and values of each query's blocks, which is `block_size` times what a query takes, and a
-backward would have to keep or gather them again. Here the pairs of a query and a chosen block are sorted by block into
-tiles, each of which reads its block once (`attend_chosen`).
+`attend_chosen` sorts the pairs of a query and a block that it chose by block, into tiles that read their block once.
+Reading gathers keys and values for each query instead. A backward would have to keep them or gather them again, and
+they take `block_size` times the memory of the query.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Segment:
     cache: what earlier calls read; this one is added to it.
     start: (batch,): landmarked position of each row's first column, the first of a block.
     candidates: (batch,): blocks before it.
-    most_candidates, stop: the largest of the rows, and the largest position after the call's columns.
+    most_candidates: the largest number of candidates in the batch.
+    stop: the largest landmarked position after the call's columns.
     num_retrieved_blocks: how many of them each query retrieves at most.
     """
 
@@ -134,7 +135,7 @@ class Segment:
 
 
 def _recomputed(function: Any, *tensors: Tensor) -> Tensor:
-    """`function(*tensors)`, which is called again in the backward in place of keeping what it made."""
+    """`function(*tensors)` under activation checkpointing: the backward calls it again."""
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -210,7 +211,7 @@ class PairTiles(NamedTuple):
     """Pairs of a query and a block, sorted by block into tiles of `TILE_PAIRS`.
 
     block: (tiles,): which of the `batch * kv_heads * blocks` blocks each tile reads.
-    pair: (tiles * TILE_PAIRS,): the pair in each slot; any where a block has no pairs left to fill its last tile.
+    pair: (tiles * TILE_PAIRS,): the pair in each slot; arbitrary where a block's last tile is not full.
     slot: (pairs,): where each pair went.
     """
 

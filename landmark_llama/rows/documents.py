@@ -17,15 +17,15 @@ from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.whole_rows import WholeRows
 from landmark_llama.tokenization import landmarked_length
 
-# what one more call of attention costs, in scores of a head that could be computed meanwhile
+# the cost of one more call of attention, in scores of a head that take as long
 CALL_SCORES = 1 << 16
 
 
 def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached: bool) -> Tensor | None:
     """Where documents begin: boolean (batch, columns), or None if no row holds more than one.
 
-    Positions only say where documents begin, so they may start anywhere in a row, and may or may not count the
-    columns in between that hold no token.
+    Positions only say where documents begin. They may start anywhere in a row. They may count columns without a token
+    or skip them.
 
     Args:
         position_ids: (batch or 1, columns), counting on by one inside a document, 0 where the next one begins.
@@ -34,7 +34,8 @@ def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached
         cached: whether the call reads through a cache.
 
     Raises:
-        ValueError: if they do anything else, or restart in a call with a cache, naming row and column.
+        ValueError: naming row and column, if positions neither count on nor restart at 0, or restart in a call with a
+            cache.
     """
     integers = not position_ids.is_floating_point() and position_ids.dtype != torch.bool
     if not integers or position_ids.shape not in (real.shape, (1, real.shape[1])):
@@ -117,6 +118,7 @@ class Documents:
             )
         end = length.cumsum(0)
         start = end - length
+        # starts count through all documents: make them relative to the row, then to the batch's flat columns
         start = start - start[torch.searchsorted(row, row)] + row * columns
         position, place = (torch.zeros(len(begins) * columns, dtype=torch.long) for _ in range(2))
         order = length.argsort(descending=True, stable=True)
