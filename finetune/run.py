@@ -157,8 +157,7 @@ def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> 
     else:
         finished = state.global_step >= state.max_steps and state.num_train_epochs >= trainer.args.num_train_epochs
     if finished:
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step, trainer.state.log_history = state.global_step, state.log_history
+        trainer.take_over(Path(checkpoint), state)
     return finished
 
 
