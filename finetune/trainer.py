@@ -166,8 +166,8 @@ class LandmarkTrainer(Trainer):
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
-        if self.args.load_best_model_at_end and state.best_global_step:
-            self.state.best_model_checkpoint = str(checkpoint.with_name(f"checkpoint-{state.best_global_step}"))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self.state.best_model_checkpoint = str(checkpoint.with_name(Path(state.best_model_checkpoint).name))
             self._load_best_model()
         else:
             self._load_from_checkpoint(str(checkpoint))
