@@ -32,6 +32,6 @@ def refuse_arguments(run: TrainingArguments) -> None:
         raise UserError(f"--metric_for_best_model {run.metric_for_best_model}: only the loss is measured; give loss")
     if run.save_strategy == "steps" and run.eval_steps != run.save_steps:
         raise UserError(
-            f"--eval_steps {run.eval_steps:g}, --save_steps {run.save_steps:g}: a best model that was not saved could not "
-            "be loaded; with --load_best_model_at_end give the same for both"
+            f"--eval_steps {run.eval_steps:g}, --save_steps {run.save_steps:g}: a best model that was not saved could "
+            "not be loaded; with --load_best_model_at_end give the same for both"
         )

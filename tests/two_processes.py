@@ -15,14 +15,16 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch import Tensor
 
+ENDED = 3
 ACCELERATE = drills.ROOT / "finetune" / "configs" / "accelerate"
 
 
 def run_in_two(
     configuration: str, arguments: list[str], folder: Path, harm: Callable[[], None] | None = None, **settings: str
 ) -> tuple[list[int], str]:
-    """The exit codes of two processes, and what the first one printed.
+    """The exit codes of two processes, and what they printed, the first one first.
 
     Args:
         configuration: a file of `finetune/configs/accelerate`.
@@ -73,3 +75,41 @@ def join(place: dict[str, str], harm: Callable[[], None] | None) -> None:
         PartialState.__init__ = start_as_gpu
     if harm is not None:
         harm()
+
+
+def observe(end_before_evaluation: bool = False, best_step: int | None = None) -> None:
+    """From now on the process prints each dtype that it computes with, as `loss: torch.float32`, once.
+
+    Args:
+        end_before_evaluation: it ends, with code `ENDED`, when it has trained and would evaluate.
+        best_step: the held-out loss is lowest after this step, whatever is trained.
+    """
+    from transformers import Trainer
+
+    from landmark_llama.attention.rotary import RotaryTable
+
+    compute_loss, evaluate, rotate, seen = Trainer.compute_loss, Trainer.evaluation_loop, RotaryTable.rotate, set()
+
+    def see(name: str, tensor: Tensor) -> None:
+        if (name, tensor.dtype) not in seen:
+            seen.add((name, tensor.dtype))
+            print(f"{name}: {tensor.dtype}", flush=True)
+
+    def computed(self: Trainer, model, *args, **settings):
+        result = compute_loss(self, model, *args, **settings)
+        see("loss" if model.training else "held-out loss", result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def rotated(self: RotaryTable, x: Tensor, *args):
+        see("table", self.cos), see("rotated", x)
+        return rotate(self, x, *args)
+
+    def evaluated(self: Trainer, *args, **settings):
+        if end_before_evaluation:
+            raise SystemExit(ENDED)
+        output = evaluate(self, *args, **settings)
+        if best_step is not None:
+            output.metrics["eval_loss"] = 1.0 + abs(self.state.global_step - best_step)
+        return output
+
+    Trainer.compute_loss, Trainer.evaluation_loop, RotaryTable.rotate = computed, evaluated, rotated

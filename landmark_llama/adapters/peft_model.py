@@ -55,7 +55,7 @@ class LandmarkPeftModel(PeftModelForCausalLM):
         What wraps a layer, to recompute its activations or compiled, adds a part of its own to the layer's name.
         """
         for name, module in super().named_modules(*args, **kwargs):
-            yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
+            yield _without_wrappers(name), module
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *, is_main_process: bool = True, **kwargs: Any
@@ -63,6 +63,9 @@ class LandmarkPeftModel(PeftModelForCausalLM):
         """Saves what was trained, the landmark configuration and the tokenizer's fingerprint; not the tokenizer."""
         # by itself peft would save both embeddings whole, seeing that the vocabulary has grown
         kwargs["save_embedding_layers"] = False
+        weights = kwargs.get("state_dict") or self.state_dict()
+        if any(name != _without_wrappers(name) for name in weights):
+            kwargs["state_dict"] = {_without_wrappers(name): weight for name, weight in weights.items()}
         super().save_pretrained(str(save_directory), is_main_process=is_main_process, **kwargs)
         if is_main_process:
             config = copy.deepcopy(self.config)
@@ -91,6 +94,10 @@ class LandmarkPeftModel(PeftModelForCausalLM):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Writes none: a README in the folder is its owner's."""
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _refuse_untrained_row(model: LandmarkLlamaForCausalLM, adapter: Adapter) -> None:
