@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from test_finetune_run import ROOT, base, data, flags  # noqa: F401
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 from transformers.trainer import TRAINER_STATE_NAME
 from two_processes import ACCELERATE, ENDED, observe, run_in_two
@@ -23,6 +24,7 @@ from two_processes import ACCELERATE, ENDED, observe, run_in_two
 from finetune import distributed
 from finetune.arguments import UserError
 from finetune.checkpoints.output import METRICS, checkpoints, delete_checkpoint
+from finetune.checkpoints.resume import SETTINGS
 from finetune.demo.corpus import write_corpus
 from finetune.run import main
 from landmark_llama import LandmarkLlamaForCausalLM, load_adapter
@@ -101,7 +103,8 @@ def test_fsdp_trains_as_one_process_does_and_saves_what_one_process_loads(
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
-LORA = ("--lora_rank", "2", "--dtype", "bfloat16", "--segments", "2")  # and rows longer than the window
+# All weights, held in fp32, on rows longer than the window; or an adapter, on a base held in bf16.
+ALL, LORA = ("--segments", "2"), ("--lora_rank", "2", "--dtype", "bfloat16")
 BF16 = {"loss": {"float32"}, "held-out loss": {"float32"}, "table": {"float32"}, "rotated": {"bfloat16"}}
 
 
@@ -154,44 +157,45 @@ def in_bf16(tmp_path_factory, base: Path, data: Path) -> Callable[..., SimpleNam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [(), LORA], ids=["all", "lora"])
+@pytest.mark.parametrize("trained", [ALL, LORA], ids=["all", "lora"])
 @pytest.mark.parametrize("configuration", ["ddp.yaml", "fsdp.yaml"])
 def test_a_run_in_bf16_goes_on_where_it_ended_and_saves_all_that_it_trained(
-    configuration: str, lora: tuple[str, ...], in_bf16: Callable[..., SimpleNamespace]
+    configuration: str, trained: tuple[str, ...], in_bf16: Callable[..., SimpleNamespace]
 ) -> None:
-    run = in_bf16(configuration, *lora)
+    run = in_bf16(configuration, *trained)
     ended, finished, resumed = run.printed
     steps = [re.findall(r"^step (\d)/4  loss", printed, re.MULTILINE) for printed in run.printed]
     assert steps == [["1", "2", "3", "4"], [], ["3", "4"]]
     assert ("gathered" in ended) == (configuration == "fsdp.yaml")
     assert same_weights(*run.weights) and run.losses[0] == run.losses[1] and len(run.losses[0]) == 4
-    if lora:
+    if trained == LORA:
         model = load_adapter(run.folder)  # refuses one that is not complete
-        trained = {name: weight for name, weight in run.weights[0].items() if "lora_B" in name}
-        assert len(run.weights[0]) == 29 and len(trained) == 14
-        assert all(weight.dtype == torch.float32 and weight.any() for weight in trained.values())
+        changed = {name: weight for name, weight in run.weights[0].items() if "lora_B" in name}
+        assert len(run.weights[0]) == 29 and len(changed) == 14
+        assert all(weight.dtype == torch.float32 and weight.any() for weight in changed.values())
     else:
         model = AutoModelForCausalLM.from_pretrained(run.folder)
         assert isinstance(model, LandmarkLlamaForCausalLM)
         assert run.weights[0].keys() == dict(model.named_parameters()).keys()
     assert (run.folder / METRICS).exists()
+    assert json.loads((run.folder / SETTINGS).read_text())["bf16"]  # as the accelerate configuration says
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [(), LORA], ids=["all", "lora"])
+@pytest.mark.parametrize("trained", [ALL, LORA], ids=["all", "lora"])
 @pytest.mark.parametrize("configuration", ["ddp.yaml", "fsdp.yaml"])
 def test_losses_and_rotary_tables_are_fp32_where_layers_compute_in_bf16(
-    configuration: str, lora: tuple[str, ...], in_bf16: Callable[..., SimpleNamespace]
+    configuration: str, trained: tuple[str, ...], in_bf16: Callable[..., SimpleNamespace]
 ) -> None:
-    seen, expected = dtypes("\n".join(in_bf16(configuration, *lora).printed)), dict(BF16)
-    if lora:  # queries are rotated once more, to blocks of earlier segments, and that in fp32
+    seen, expected = dtypes("\n".join(in_bf16(configuration, *trained).printed)), dict(BF16)
+    if trained == ALL:  # queries are rotated once more, to blocks of earlier segments, and that in fp32
         expected["rotated"] = {"bfloat16", "float32"}
     assert seen == expected
 
 
 @pytest.mark.slow
 def test_shards_are_saved_resumed_and_put_together(in_bf16: Callable[..., SimpleNamespace]) -> None:
-    whole, shards = in_bf16("fsdp.yaml"), in_bf16("fsdp.yaml", fsdp_state_dict_type="SHARDED_STATE_DICT")
+    whole, shards = in_bf16("fsdp.yaml", *ALL), in_bf16("fsdp.yaml", *ALL, fsdp_state_dict_type="SHARDED_STATE_DICT")
     assert not list(shards.folder.glob("checkpoint-*/*model.safetensors"))
     assert len(list(shards.folder.glob("checkpoint-4/pytorch_model_fsdp_0/*.distcp"))) == 2
     assert same_weights(*shards.weights) and same_weights(shards.weights[0], whole.weights[0])
@@ -285,6 +289,16 @@ def test_deepspeed_is_refused_where_a_step_may_have_to_be_left_out(monkeypatch: 
     distributed.check_distribution(run_with(max_nan_steps=3))
     with pytest.raises(UserError, match="--max_nan_steps 3: DeepSpeed can leave no step out"):
         distributed.check_distribution(run_with(deepspeed_plugin=object(), max_nan_steps=3))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fsdp_sums_gradients_in_fp32_and_leaves_losses_as_they_are(precision: str) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    plugin.set_mixed_precision(precision)
+    weights = plugin.mixed_precision_policy.param_dtype
+    distributed.compute_losses_in_fp32(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(weights, reduce_dtype=torch.float32)
+    assert weights.itemsize == 2
 
 
 def test_fsdp_wraps_the_layer_that_there_is() -> None:
