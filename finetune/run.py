@@ -91,7 +91,7 @@ def finetune(
             model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
         block_size, landmark_token_id = model_args.block_size_of(model.config)
         segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
-        rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed, segments)
+        rows = make_rows(data_args, tokenizer, block_size, embedded, run_args.seed, segments)
         record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
     if run_args.process_index == 0:
         trained = model.num_parameters(only_trainable=True)

@@ -1,7 +1,6 @@
 """Documents to training rows: which files, which share of each, tokens, and rows cut from them.
 
-Dense and landmark runs of one `context_length` get the same rows of the same ordinary tokens (where documents are
-joined), so their losses and perplexities compare: a dense row is a landmark row without its landmarks.
+Dense and landmark runs of one `context_length` get the same rows, so their losses and perplexities compare.
 """
 
 import bisect
@@ -135,7 +134,6 @@ def make_rows(
     data: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    landmark_token_id: int | None,
     embedded: tuple[Path, Path] | None,
     seed: int,
     segments: Segments | None = None,
@@ -145,16 +143,16 @@ def make_rows(
     Args:
         data: what to read and how long rows are.
         tokenizer: must have an end-of-sequence token.
-        block_size, landmark_token_id: where landmarks go; `landmark_token_id=None` for a dense model.
+        block_size: positions of a block, its landmark included.
         embedded: training and held-out file of the embedded corpus, if that is the data.
         seed: of the held-out split, which is by document, of the mixture and of a stream's order.
-        segments: that a row is made of, in place of `context_length` positions; its rows are plain.
+        segments: what a row is made of, in place of `context_length` positions.
 
     Raises:
         UserError: the data cannot be read or fills no row, or no row can have `context_length` positions.
     """
     if segments is not None:
-        packing = Packing(segments.number * segments.positions, block_size, None, data.pack_documents)
+        packing = Packing(segments.number * segments.positions, block_size, data.pack_documents)
     elif data.context_length % block_size == block_size - 1:
         # The last token of a block always brings its landmark along.
         raise UserError(
@@ -162,7 +160,7 @@ def make_rows(
             f"give {data.context_length - 1} or {data.context_length + 1}"
         )
     else:
-        packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
+        packing = Packing(data.context_length, block_size, data.pack_documents)
     if embedded:
         train, heldout = (find_subsets([str(file)], []) for file in embedded)
     else:
