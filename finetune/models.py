@@ -45,7 +45,7 @@ def load_tokenizer(
         with embedded[0].open(encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line, _ in zip(file, range(TOKENIZER_DOCUMENTS), strict=False)]
         positions = _read_config(model_args).max_position_embeddings
-        return to_fast_tokenizer(train_sentencepiece(texts, data_args.vocabulary_size), positions)
+        return to_fast_tokenizer(train_sentencepiece(texts, data_args.demo.vocabulary_size), positions)
     name = model_args.tokenizer_name or model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -33,6 +33,21 @@ def test_the_file_is_read_and_flags_override_it(config: Path) -> None:
     assert parse_arguments(["--config", str(config)])[1].data == ["a.jsonl", "b.jsonl"]
 
 
+def test_the_demos_flags_are_read_though_help_does_not_list_them(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + "corpus_seed: 3\ncorpus_retrieval_characters: [50, 90]\n")
+    data = parse_arguments(["--config", str(config), "--data", "embedded", "--corpus_documents", "7"])[1]
+    assert (data.demo.corpus_seed, data.demo.corpus_documents) == (3, 7)
+    assert data.demo.corpus_retrieval_characters == [50, 90]
+    with pytest.raises(UserError, match="unknown flag --corpus_sed; did you mean corpus_seed?"):
+        parse_arguments(["--config", str(config), "--corpus_sed", "1"])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    listed = capsys.readouterr().out
+    assert "--context_length" in listed and "--corpus" not in listed and "--vocabulary_size" not in listed
+
+
 def test_the_default_schedule_is_a_cosine_with_a_floor(config: Path) -> None:
     config.write_text("model_name_or_path: m\ndata: [a.jsonl]\noutput_dir: out\n")
     run = parse_arguments(["--config", str(config)])[2]

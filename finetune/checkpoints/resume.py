@@ -40,9 +40,12 @@ def run_settings(
 ) -> dict:
     """Every setting that decides what the run computes, as JSON values."""
     training = run_args.to_dict()
+    data = dataclasses.asdict(data_args)
+    demo = data.pop("demo")
     settings = {
         **dataclasses.asdict(model_args),
-        **dataclasses.asdict(data_args),
+        **data,
+        **(demo if data_args.data == ["embedded"] else {}),
         # a run of all weights has none of the others
         **(dataclasses.asdict(adapter_args) if adapter_args.lora_rank else {"lora_rank": None}),
         **{name: training[name] for name in RESULT_SETTINGS},

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune.arguments import DataArguments, RunArguments, UserError
+from finetune.arguments import DataArguments, UserError
 from finetune.data.packing import Packing
 from finetune.data.sources import Subset, describe_files, find_subsets, fingerprint, stamped_by_content
 from finetune.data.streaming import heldout_rows, training_stream
 from finetune.data.tokens import tokenised_subset, tokens_fingerprint
-from finetune.demo.corpus import corpus_files, write_corpus
 from finetune.segments import Segments
 
 
@@ -111,23 +110,6 @@ class Rows:
             f"{train} training and {len(self.heldout)} held-out rows of {at_most}{self.row_tokens} ordinary "
             f"tokens ({self.packing.context_length} positions){skipped}; data {self.fingerprint[:12]}"
         )
-
-
-def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
-    """Writes the embedded corpus, in the main process, and returns the paths of its training and held-out file."""
-    folder = Path(data.corpus_folder or Path(run.output_dir) / "corpus")
-    if run.process_index > 0:
-        return corpus_files(folder)
-    return write_corpus(
-        folder,
-        data.corpus_documents,
-        retrieval_share=data.corpus_retrieval_share,
-        retrieval_characters=tuple(data.corpus_retrieval_characters),
-        copy_share=data.corpus_copy_share,
-        register_share=data.corpus_register_share,
-        refrain_share=data.corpus_refrain_share,
-        seed=data.corpus_seed,
-    )
 
 
 def make_rows(
