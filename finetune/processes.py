@@ -26,7 +26,7 @@ def refuse_data_parallel(run: TrainingArguments) -> None:
     if run.n_gpu > 1:
         raise UserError(
             f"one process sees {run.n_gpu} GPUs: start one for each with accelerate launch --config_file "
-            f"finetune/configs/accelerate/ddp.yaml --num_processes {run.n_gpu}, or set CUDA_VISIBLE_DEVICES=0 to use one"
+            f"finetune/configs/accelerate/ddp.yaml --num_processes {run.n_gpu}, or use one: CUDA_VISIBLE_DEVICES=0"
         )
 
 

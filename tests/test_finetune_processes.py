@@ -29,7 +29,7 @@ def prepare(rank: int, folder: Path) -> None:
 
 
 def test_the_others_wait_longer_than_the_limit_of_collective_operations(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(prepare, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(prepare, (tmp_path,), nprocs=2, start_method="fork")
     assert (tmp_path / "seen-by-1").read_text() == "True"
 
 
@@ -41,13 +41,15 @@ def fail(rank: int, folder: Path) -> None:
 
 
 def test_an_error_of_the_main_process_reaches_the_others(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(fail, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(fail, (tmp_path,), nprocs=2, start_method="fork")
     assert (tmp_path / "failed-0").exists() and (tmp_path / "failed-1").exists()
 
 
 def test_one_process_with_several_gpus_is_refused() -> None:
     refuse_data_parallel(SimpleNamespace(n_gpu=1))
-    with pytest.raises(UserError, match="sees 2 GPUs: .*accelerate launch .*--num_processes 2, or set CUDA_VISIBLE_D"):
+    with pytest.raises(
+        UserError, match="sees 2 GPUs: .*accelerate launch .*--num_processes 2, or use one: CUDA"
+    ):
         refuse_data_parallel(SimpleNamespace(n_gpu=2))
 
 
