@@ -143,6 +143,14 @@ class RunArguments(TrainingArguments):
         default=0,
         metadata={"help": "leave out so many steps of a run whose loss or gradient is not finite; stop at one more"},
     )
+    eval_passkey_steps: int = field(
+        default=0, metadata={"help": "ask a few pass keys after every so many steps, and log the share found; 0: never"}
+    )
+    eval_passkey_lengths: list[int] = field(
+        default_factory=list,
+        metadata={"help": "tokens of their prompts (default: context_length, and four times that)"},
+    )
+    eval_passkey_samples: int = field(default=5, metadata={"help": "prompts of each length"})
     cpu_threads: int = field(
         default=0, metadata={"help": "threads of one process on a CPU; 0: all cores, shared evenly"}
     )
@@ -245,6 +253,10 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError(f"--block_size {model.block_size}: a block needs at least one token and its landmark (>= 2)")
     if run.max_nan_steps < 0:
         raise UserError(f"--max_nan_steps {run.max_nan_steps}: must be 0 or more")
+    if run.eval_passkey_steps < 0:
+        raise UserError(f"--eval_passkey_steps {run.eval_passkey_steps}: must be 0 (never) or more")
+    if run.eval_passkey_samples < 1:
+        raise UserError(f"--eval_passkey_samples {run.eval_passkey_samples}: at least one prompt is needed (>= 1)")
     _check_data(data, run)
     _check_rows(data, model)
 

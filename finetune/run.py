@@ -49,6 +49,7 @@ from finetune.demo.corpus import embedded_files
 from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
+from finetune.passkeys import PassKeys
 from finetune.processes import main_process_first, refuse_data_parallel
 from finetune.progress import ProgressLines
 from finetune.segments import EVALUATED_WITH, Segments
@@ -166,6 +167,10 @@ def _make_trainer(start: Start, run_args: RunArguments) -> LandmarkTrainer:
         callbacks=[CompleteCheckpoints(keep)],
     )
     trainer.callback_handler.callbacks.insert(0, throughput)  # first, so that trackers and lines see what it adds
+    if run_args.eval_passkey_steps:
+        context = start.rows.packing.context_length
+        lengths = run_args.eval_passkey_lengths or [context, 4 * context]
+        trainer.add_callback(PassKeys(trainer, start.tokenizer, run_args, lengths))
     if run_args.disable_tqdm:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(ProgressLines())

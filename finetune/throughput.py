@@ -165,6 +165,7 @@ class Throughput(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any
     ) -> None:
         if "loss" not in logs:
+            self.mark = time.monotonic()  # evaluation was timed from the step before
             return
         self._take_time()  # the loss has been fetched from the device: all steps are done
         mine = [counts.to(args.device) for counts in self.counts]

@@ -47,9 +47,7 @@ def test_an_error_of_the_main_process_reaches_the_others(tmp_path: Path) -> None
 
 def test_one_process_with_several_gpus_is_refused() -> None:
     refuse_data_parallel(SimpleNamespace(n_gpu=1))
-    with pytest.raises(
-        UserError, match="sees 2 GPUs: .*accelerate launch .*--num_processes 2, or use one: CUDA"
-    ):
+    with pytest.raises(UserError, match="sees 2 GPUs: .*accelerate launch .*--num_processes 2, or use one: CUDA"):
         refuse_data_parallel(SimpleNamespace(n_gpu=2))
 
 
