@@ -60,6 +60,10 @@ class ModelArguments:
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )
+    pad_vocabulary_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "rows of no token behind the embeddings, up to a multiple of this: 64 suits GPUs"},
+    )
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
 
     def block_size_of(self, config: PretrainedConfig) -> tuple[int, int | None]:
@@ -251,6 +255,8 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError("--output_dir is missing: the folder for the trained model")
     if model.block_size is not None and model.block_size < 2:
         raise UserError(f"--block_size {model.block_size}: a block needs at least one token and its landmark (>= 2)")
+    if model.pad_vocabulary_to_multiple_of is not None:
+        _check_padding(model.pad_vocabulary_to_multiple_of, model, adapter)
     if run.max_nan_steps < 0:
         raise UserError(f"--max_nan_steps {run.max_nan_steps}: must be 0 or more")
     if run.eval_passkey_steps < 0:
@@ -259,6 +265,16 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError(f"--eval_passkey_samples {run.eval_passkey_samples}: at least one prompt is needed (>= 1)")
     _check_data(data, run)
     _check_rows(data, model)
+
+
+def _check_padding(multiple: int, model: ModelArguments, adapter: AdapterArguments) -> None:
+    flag = f"--pad_vocabulary_to_multiple_of {multiple}"
+    if multiple < 1:
+        raise UserError(f"{flag}: must be 1 or more")
+    if model.attention == "dense":
+        raise UserError(f"{flag} needs --attention landmark: a dense LLaMA would predict the padding")
+    if adapter.lora_rank is not None:
+        raise UserError(f"{flag}: an adapter is loaded onto its base as that is; leave it out with --lora_rank")
 
 
 def _check_data(data: DataArguments, run: RunArguments) -> None:

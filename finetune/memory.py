@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from finetune.arguments import RunArguments
 from finetune.distributed import fsdp_settings, is_zero3
+from finetune.optimisers import optimiser_bytes
 from finetune.throughput import head_dim, parameter_count
 
 GB = 1e9
@@ -139,15 +140,18 @@ def activations(config: PretrainedConfig, batch: Batch, plan: Plan) -> int:
     return kept + max(layer, logits)  # with checkpointing the logits are gone when the first layer is recomputed
 
 
-def estimate(config: PretrainedConfig, weights: Weights, batch: Batch, plan: Plan) -> Estimate:
-    """Bytes on each device while training with AdamW, fp32 moments.
+def estimate(
+    config: PretrainedConfig, weights: Weights, batch: Batch, plan: Plan, optimiser: int | None = None
+) -> Estimate:
+    """Bytes on each device while training. `optimiser`: bytes of all its state; None: AdamW's two moments in fp32.
 
     One device and DDP hold everything; DDP's buckets are a second copy of the gradients. FSDP spreads weights,
     gradients and moments evenly and gathers two layers at a time (one at work, one on its way) and the embeddings in
     `compute_bytes`, with one layer's whole gradient. ZeRO-3 does the same with 2 bytes of weights and of gradients
     beside fp32 weights (16 bytes a trained weight, as in its paper).
     """
-    trained, frozen, optimiser = weights.trained_bytes, weights.frozen_bytes, ADAM_BYTES * weights.trained
+    trained, frozen = weights.trained_bytes, weights.frozen_bytes
+    optimiser = ADAM_BYTES * weights.trained if optimiser is None else optimiser
     gradients, gathered = weights.trained_bytes, 0
     if plan.sharding == "none":
         gradients *= 2 if plan.devices > 1 else 1
@@ -174,7 +178,9 @@ def memory_lines(model: nn.Module, run: RunArguments, positions: int, tokens: in
     compute_bytes = 2 if run.bf16 or run.fp16 else held.itemsize
     plan = plan_of(run, compute_bytes, held.itemsize)
     batch = Batch(run.per_device_train_batch_size, positions, tokens)
-    size, capacity = estimate(model.config, Weights.of(model), batch, plan), device_memory(run)
+    # DeepSpeed has moments of its own in fp32
+    optimiser = None if plan.sharding == "zero3" else optimiser_bytes(model, run.optim, run.optim_args)
+    size, capacity = estimate(model.config, Weights.of(model), batch, plan, optimiser), device_memory(run)
     return [line for line in (size.describe(capacity), warning(size, capacity, plan)) if line]
 
 

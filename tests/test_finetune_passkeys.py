@@ -50,9 +50,9 @@ def test_a_length_that_cannot_hold_a_prompt_is_refused_before_training(base: Pat
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_share_the_prompts_out(
     processes: int,
-    finished: Path,
+    finished: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
 
