@@ -162,6 +162,9 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
 
     def __post_init__(self) -> None:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if not self.bf16 and not self.fp16:  # what `accelerate launch` was told is recorded and counted with, too
+            self.bf16, self.fp16 = launched == "bf16", launched == "fp16"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if not torch.cuda.is_available():
                 self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"

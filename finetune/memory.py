@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from finetune.arguments import RunArguments
-from finetune.distributed import fsdp_settings, is_zero3
+from finetune.distributed import fsdp_settings, is_zero3, recomputes_activations
 from finetune.optimisers import optimiser_bytes
 from finetune.throughput import head_dim, parameter_count
 
@@ -64,7 +64,7 @@ class Plan:
         compute_bytes: of a value in the matrix products: 2 for bf16, 4 for fp32.
         residual_bytes: of a value between layers: that of the embeddings' weights.
         checkpointing: recompute each layer's activations instead of keeping them.
-        whole_gradients: FSDP accumulates gradients over several batches before it spreads them.
+        whole_gradients: FSDP accumulates gradients, in fp32, over several batches before it spreads them.
     """
 
     devices: int = 1
@@ -163,7 +163,7 @@ def estimate(
         gathered = compute * (2 * weights.largest_layer + weights.embeddings)
         if weights.trained_bytes > weights.frozen_bytes:
             gathered += compute * weights.largest_layer
-        gradients = compute * weights.trained if plan.whole_gradients else -(-gradients // plan.devices)
+        gradients = 4 * weights.trained if plan.whole_gradients else -(-gradients // plan.devices)
     return Estimate(trained + frozen, gradients, optimiser, activations(config, batch, plan), gathered)
 
 
@@ -186,7 +186,7 @@ def memory_lines(model: nn.Module, run: RunArguments, positions: int, tokens: in
 
 def plan_of(run: RunArguments, compute_bytes: int, held_bytes: int) -> Plan:
     """What `accelerate launch` and the run's own flags ask for; `held_bytes` of an embedding's weight."""
-    sharding, checkpointing, whole = "zero3" if is_zero3(run) else "none", bool(run.gradient_checkpointing), False
+    sharding, checkpointing, whole = "zero3" if is_zero3(run) else "none", recomputes_activations(run), False
     fsdp = fsdp_settings(run)
     if fsdp is not None:
         sharding, checkpointing = "fsdp", checkpointing or fsdp.activation_checkpointing

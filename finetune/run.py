@@ -52,6 +52,7 @@ from finetune.models import load_model, load_tokenizer
 from finetune.passkeys import PassKeys
 from finetune.processes import main_process_first, refuse_data_parallel
 from finetune.progress import ProgressLines
+from finetune.refused import refuse_arguments
 from finetune.segments import EVALUATED_WITH, Segments
 from finetune.throughput import Throughput, device_peak
 from finetune.trainer import LandmarkSegmentTrainer, LandmarkTrainer
@@ -80,6 +81,7 @@ def finetune(
         UserError: the model, the data or the output folder cannot be used as asked.
     """
     _set_up_process(run_args)
+    refuse_arguments(run_args)
     refuse_data_parallel(run_args)
     check_distribution(run_args, data_args.segments)
     with main_process_first(run_args):
@@ -187,8 +189,7 @@ def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> 
     else:
         finished = state.global_step >= state.max_steps and state.num_train_epochs >= trainer.args.num_train_epochs
     if finished:
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step, trainer.state.log_history = state.global_step, state.log_history
+        trainer.take_over(Path(checkpoint), state)
     return finished
 
 

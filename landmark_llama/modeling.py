@@ -267,7 +267,8 @@ class LandmarkLlamaModel(LlamaModel):
                 layers = partial(self._through_layers, **through)
                 states = cache.graphs.run(layers, states, groups, storages=storages, settings=settings, rotary=rotary)
             if len(row):
-                kept[row, place] = self.norm(states[row, local[row, place]])
+                # FSDP holds the norm's weight in fp32 and computes in 16 bits
+                kept[row, place] = self.norm(states[row, local[row, place]]).to(kept.dtype)
         return kept
 
     def _through_layers(

@@ -34,7 +34,8 @@ def checkpoints(output_dir: Path, complete: bool = True) -> list[Path]:
 class CompleteCheckpoints(TrainerCallback):
     """Marks a checkpoint once all of it is on the disk, and only then deletes the oldest, beyond the last `keep`.
 
-    The Trainer's own `save_total_limit` deletes before the mark can be set, so the limit is given here instead.
+    The best one stays, where `load_best_model_at_end` will ask for it. The Trainer's own `save_total_limit` deletes
+    before the mark can be set, so the limit is given here instead.
     """
 
     def __init__(self, keep: int | None) -> None:
@@ -54,8 +55,10 @@ class CompleteCheckpoints(TrainerCallback):
             if path.is_file():
                 flush_to_disk(path)
         write_json(checkpoint / COMPLETE, {"step": state.global_step, "files": file_sizes(checkpoint)})
+        best = Path(state.best_model_checkpoint or "").name if args.load_best_model_at_end else None
         for old in checkpoints(output_dir)[: -self.keep] if self.keep else []:
-            delete_checkpoint(old)
+            if old.name != best:
+                delete_checkpoint(old)
 
 
 def delete_checkpoint(checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import nn
 
 from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, EMBEDDING, LANDMARK_ROW, TOKENIZER_RECORD, Adapter
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
+
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 class LandmarkPeftModel(PeftModelForCausalLM):
@@ -44,6 +48,14 @@ class LandmarkPeftModel(PeftModelForCausalLM):
         peft_model = cls(model, config, tokenizer_fingerprint=adapter.tokenizer_fingerprint)
         peft_model.load_adapter(adapter.folder, "default", is_trainable=is_trainable)
         return peft_model
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's, by the names that weights are saved under: peft finds by them what to save.
+
+        What wraps a layer, to recompute its activations or compiled, adds a part of its own to the layer's name.
+        """
+        for name, module in super().named_modules(*args, **kwargs):
+            yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *, is_main_process: bool = True, **kwargs: Any

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class RotaryTable(NamedTuple):
+class RotaryTable:
     """Cosines and sines of the angles of positions 0 .. length - 1.
+
+    A plain class: FSDP looks into tuples and dataclasses for what it casts to the dtype of a layer's weights.
 
     `cos`, `sin`: (length, head_dim / 2), fp32, of unit length.
     `scaling`: factor that the RoPE type puts on queries and on keys. It is left to the scale of the scores, so that a
         key may be rotated twice: by its offset inside its block, then by its block's slot.
     """
 
-    cos: Tensor
-    sin: Tensor
-    scaling: float = 1.0
+    def __init__(self, cos: Tensor, sin: Tensor, scaling: float = 1.0) -> None:
+        self.cos, self.sin, self.scaling = cos, sin, scaling
 
     def rotate(self, x: Tensor, position: Tensor | slice) -> Tensor:
         """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...).
