@@ -118,3 +118,24 @@ def test_missing_files_and_fields_are_named(tmp_path: Path) -> None:
 def test_every_configuration_of_the_project_is_valid(path: Path) -> None:
     model, data, run, _ = parse_arguments(["--config", str(path), "--data", "embedded", "--bf16", "false"])
     assert run.output_dir and data.context_length >= 2 * (model.block_size or 64)
+
+
+LANDMARK_CONFIGS = [path for path in CONFIGS if not path.name.startswith("tiny_base")]
+
+
+@pytest.mark.parametrize("path", LANDMARK_CONFIGS, ids=lambda path: path.name)
+def test_a_recipes_rows_hold_the_distance_at_which_older_blocks_are_scored(path: Path) -> None:
+    model, data, _, _ = parse_arguments(["--config", str(path), "--bf16", "false"])
+    blocks = data.context_length // model.block_size
+    scored = model.num_retrieved_blocks + 1 + model.num_local_blocks
+    assert scored <= 2 / 3 * blocks  # docs/positions.md: nearly the whole row is too far
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.name.startswith("llama")], ids=lambda path: path.name
+)
+def test_a_step_of_a_llama_recipe_sees_the_papers_tokens(path: Path) -> None:
+    _, data, run, adapter = parse_arguments(["--config", str(path), "--bf16", "false"])
+    devices = 1 if adapter.lora_rank else 8
+    rows = devices * run.per_device_train_batch_size * run.gradient_accumulation_steps
+    assert rows * data.context_length == 128 * 512

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_finetune_run import STEPS, base, data, finished, flags, same_weights  # noqa: F401
 from transformers import AutoTokenizer, TrainerState
+from two_processes import run_in_two
 
 import finetune.passkeys
 from finetune.arguments import RunArguments, UserError
@@ -82,3 +83,20 @@ def test_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:
     with same_random_state(torch.device("cpu")):
         assert draw() == expected
     assert draw() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", ["ddp.yaml", "fsdp.yaml"])
+def test_two_processes_ask_pass_keys_and_train_the_same_bits(
+    configuration: str,
+    base: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    losses = []
+    for name, more in (("without", ()), ("with", PASS_KEYS)):
+        codes, printed = run_in_two(configuration, flags(base, data, tmp_path / name, *more), tmp_path)
+        assert codes == [0, 0], printed
+        losses.append([entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry])
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    assert [entry["step"] for entry in log_of(tmp_path / "with") if "eval_passkey_400" in entry] == [2, 4, 6]
