@@ -10,9 +10,7 @@ from pathlib import Path
 from eval_passkey.prompts import Encoder, InputError
 
 _CLAUSE_END = re.compile(r"(?<=[.!?;:,]) ")
-_LEAST_DRIFT = (
-    32  # tokens that a cut may always move to the end of a clause; in long prompts a twentieth of the haystack
-)
+_LEAST_DRIFT = 32  # tokens that a cut may move to the end of a clause; in long prompts a twentieth of the haystack
 
 
 class Filler:

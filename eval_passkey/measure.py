@@ -22,8 +22,8 @@ def accuracy(
     task: a name as on the command line, or a task made before with the same tokenizer.
     lengths: tokens; a landmark model's prompts are up to a block shorter, each by another number of tokens.
     seed: of the first prompt of a length; the next has the next one.
-    The model is in evaluation mode meanwhile, without gradients, and then as it was. Where it is sharded over processes,
-    each of them has to call. InputError if a length is too short for the task.
+    The model is in evaluation mode meanwhile, without gradients, and then as it was. Where it is sharded over
+    processes, each of them has to call. InputError if a length is too short for the task.
     """
     task = make_task(task, tokenizer) if isinstance(task, str) else task
     spread = block_tokens(model.config) or 1

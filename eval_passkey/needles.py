@@ -1,4 +1,4 @@
-"""RULER's needles (arXiv 2404.06654): several names with their numbers in one text, of which one, all or some are asked.
+"""RULER's needles (arXiv 2404.06654): several names with their numbers in one text, of which one or all are asked.
 
 Multi-key hides one number for each of several names and asks for one of them; multi-value hides several numbers for one
 name and asks for them all; multi-query asks for the numbers of all names. Numbers have seven digits, as RULER's do; the

@@ -1,7 +1,7 @@
 """Texts that are nothing but records, one of which is asked for: a JSON object of UUIDs, and lines with a number each.
 
-The first is "Lost in the Middle" (arXiv 2307.03172), the second LongEval's lines. There are as many records as the length
-holds; the haystack fills what is left, less than one record, before them.
+The first is from "Lost in the Middle" (arXiv 2307.03172), the second is LongEval's. There are as many records as the
+length holds; the haystack fills what is left, less than one record, before them.
 """
 
 import random

@@ -78,9 +78,8 @@ class PasskeyRun:
             except InputError as error:
                 if self.spread == 1:
                     raise
-                raise InputError(
-                    f"--lengths {length}: prompts of up to {self.spread - 1} tokens less; {error}"
-                ) from error
+                less = f"up to {self.spread - 1} tokens less"
+                raise InputError(f"--lengths {length}: prompts have {less}; {error}") from error
 
     def _tokens(self, length: int, sample: int) -> int:
         """Of the n-th prompt of a length."""
