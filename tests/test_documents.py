@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, insert_landmarks
+from landmark_llama.attention import WholeRows
 from landmark_llama.rows import documents
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -289,7 +290,7 @@ def test_documents_share_a_call_of_attention_where_padding_costs_less(monkeypatc
         begins[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
         real = torch.ones_like(begins)
         columns = sum(n + n // 15 for n in lengths)
-        return len(documents.Documents.of(begins, real, columns, block_size=16, longest=10_000).shapes)
+        return len(documents.Documents.of(begins, real, columns, whole=WholeRows(16), longest=10_000).shapes)
 
     assert calls(*[20, 30, 17, 1] * 20) == 1
     assert calls(4000, 3900) == 2

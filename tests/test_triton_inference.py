@@ -21,10 +21,10 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from landmark_llama.attention import triton_tiles
+from landmark_llama.attention.triton_tiles import Tile
 from landmark_llama.reading import table_triton
 from landmark_llama.reading.choice_triton import select_blocks
-from landmark_llama.reading.table_triton import Tile, attend_table, supported
-from landmark_llama.reading.triton_rows import QueryRows
+from landmark_llama.reading.table_triton import attend_table, supported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -46,11 +46,6 @@ class Case(NamedTuple):
         """The table as it is kept for queries of this dtype."""
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         return RotaryTable(self.angles.cos.to(dtype), self.angles.sin.to(dtype))
-
-    @property
-    def rows(self) -> QueryRows:
-        groups = self.groups
-        return QueryRows(groups.column, groups.valid, groups.position, groups.first_block).contiguous()
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers in `dtype`."""
@@ -114,7 +109,7 @@ def choose(case: Case, granularity: str, tie: bool = False) -> Tensor:
     return select_blocks(
         case.query,
         case.storage.landmark,
-        case.rows,
+        case.groups,
         k=case.k,
         share=granularity == "head",
         landmarks_tie=tie,
@@ -266,7 +261,7 @@ def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor) -> None
         case.query,
         case.storage.key,
         case.storage.value,
-        case.rows,
+        case.groups,
         choice.int(),
         one_block=case.groups.one_block,
         block_size=case.block_size,
@@ -343,8 +338,8 @@ def test_what_the_kernels_do_not_take_is_left_to_pytorch() -> None:
 
 @pytest.mark.parametrize("memory", [48, 99, 163, 227])
 def test_tiles_shrink_until_they_fit(memory: int) -> None:
-    tiles = [Tile.choices(64, True, 64, head_dim, 2, memory * 1024) for head_dim in (64, 128, 256)]
-    sizes = [choices[0].rows * choices[0].stages for choices in tiles if choices]
+    tiles = [table_triton.tiles(64, True, 64, head_dim, 2, memory * 1024) for head_dim in (64, 128, 256)]
+    sizes = [choices[0].queries * choices[0].stages for choices in tiles if choices]
     assert sizes == sorted(sizes, reverse=True) and all(tiles[:2])
 
 
@@ -352,7 +347,7 @@ def test_a_tile_that_the_chip_has_no_room_for_gives_way_to_the_next(monkeypatch:
     case = make_case([42, 0], [9, 3])
     choice = choose(case, "token_and_head")
     settings = {"one_block": True, "block_size": case.block_size, "rotary": case.rotary, "scale": SCALE}
-    arguments = (case.query, case.storage.key, case.storage.value, case.rows, choice)
+    arguments = (case.query, case.storage.key, case.storage.value, case.groups, choice)
     expected = attend_table(*arguments, **settings)
     tried = []
 

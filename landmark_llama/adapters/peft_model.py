@@ -1,4 +1,4 @@
-"""A landmark LLaMA with an adapter: a peft model that never leaves its landmark behind. Needs peft."""
+"""LandmarkPeftModel: a peft model that trains, saves and checks the landmark's embedding row. Needs peft."""
 
 from __future__ import annotations
 
