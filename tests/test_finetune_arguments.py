@@ -131,9 +131,10 @@ def test_a_recipes_rows_hold_the_distance_at_which_older_blocks_are_scored(path:
     assert scored <= 2 / 3 * blocks  # docs/positions.md: nearly the whole row is too far
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.name.startswith("llama")], ids=lambda path: path.name
-)
+LLAMA_CONFIGS = [path for path in CONFIGS if path.name.startswith("llama")]
+
+
+@pytest.mark.parametrize("path", LLAMA_CONFIGS, ids=lambda path: path.name)
 def test_a_step_of_a_llama_recipe_sees_the_papers_tokens(path: Path) -> None:
     _, data, run, adapter = parse_arguments(["--config", str(path), "--bf16", "false"])
     devices = 1 if adapter.lora_rank else 8

@@ -76,11 +76,11 @@ class PackedRows(torch.utils.data.Dataset):
 
 @dataclass
 class Rows:
-    """What a run trains on and is measured by, and what was found on the way.
+    """Training and held-out rows.
 
-    `train` is an endless `datasets.IterableDataset` where data are streamed; `train_rows` is then None. `problems` says
-    what is wrong with each bad row that was left out, a stream's as they come. `fingerprint` names all that shaped the
-    rows, `files` says in words which files they are from.
+    Streamed, `train` is an endless `datasets.IterableDataset` and `train_rows` is None. `problems` has a sentence for
+    each bad row that was skipped; a stream adds to it while it is read. `fingerprint` changes with anything that shapes
+    the rows, `files` describes their files in words.
     """
 
     train: torch.utils.data.Dataset
