@@ -302,11 +302,11 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
         )
         states, loss = outputs.last_hidden_state, None
         if labels is None:
-            logits = self.lm_head(states)
+            logits = self._logits(states)
         else:
             targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             everything = isinstance(logits_to_keep, int) and not logits_to_keep
-            logits = self.lm_head(states if everything else _keep(states, logits_to_keep))
+            logits = self._logits(states if everything else _keep(states, logits_to_keep))
             loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -314,6 +314,13 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The output embedding of `states`; padding of the vocabulary is never predicted."""
+        logits = self.lm_head(states)
+        if self.config.num_padded_tokens:
+            logits[..., -self.config.num_padded_tokens :] = torch.finfo(logits.dtype).min
+        return logits
 
     def _targets(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What the result's columns predict, (batch, columns); -100 for landmarks and for what follows on padding."""
@@ -346,7 +353,7 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             parts = [(logits, targets)]  # whole: a part's gradient would be copied, and rows in training are short
         else:
             length = self.config.train_context_length
-            pieces = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+            pieces = map(self._logits, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
             parts = zip(pieces, targets.split(length, dim=1), strict=True)
         for part, target in parts:
             scores = part.float().flatten(0, 1)
