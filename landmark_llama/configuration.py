@@ -54,6 +54,8 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     train_retrieved_blocks: if set, a training query sees its local blocks and only the so many best of its earlier
         blocks (`"sliding"` only). None: it sees them all. When training through a cache, it replaces
         `num_retrieved_blocks`.
+    num_padded_tokens: rows at the end of both embeddings that belong to no token: they round the vocabulary up to a
+        multiple of 64, say. They are never predicted.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
 
@@ -75,6 +77,7 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     retrieval_granularity: str = "token_and_head"
     train_retrieved_blocks: int | None = None
     predict_from_landmark: bool = False
+    num_padded_tokens: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.train_context_length is None:
@@ -143,15 +146,28 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
                 f"{self.local_attention!r}, which reads all blocks of a call that fits the window"
             )
 
+    def check_model(self) -> None:
+        """Raises ValueError if no model can be made of this configuration."""
+        if self.landmark_token_id is None:
+            raise ValueError(
+                "landmark_token_id=None: this checkpoint has no landmark token; "
+                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+            )
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout={self.attention_dropout}: landmark attention has no dropout, set 0")
+
     def _check_tokens(self) -> None:
         if self.block_size < 2:
             raise ValueError(
                 f"block_size={self.block_size}: a block needs at least one ordinary token and its landmark (>= 2)"
             )
-        if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < self.vocab_size:
+        if not 0 <= self.num_padded_tokens < self.vocab_size:
             raise ValueError(
-                f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {self.vocab_size} tokens"
+                f"num_padded_tokens={self.num_padded_tokens}: must be from 0 to less than vocab_size={self.vocab_size}"
             )
+        tokens = self.vocab_size - self.num_padded_tokens
+        if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < tokens:
+            raise ValueError(f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {tokens} tokens")
 
 
 def _one_of(name: str, value: str, literal: Any) -> Any:
