@@ -54,8 +54,8 @@ class Method:
             granularity = subject.config.retrieval_granularity
             if granularity != "token_and_head":
                 raise InputError(
-                    f"{where}: retrieval_granularity={granularity!r} chooses a token's blocks by looking at later tokens, "
-                    "so that its perplexity would be too low; give token_and_head"
+                    f"{where}: retrieval_granularity={granularity!r} looks at later tokens when it chooses a token's "
+                    "blocks, so that its perplexity would be too low; give token_and_head"
                 )
             return
         if self.always_stream:

@@ -131,9 +131,9 @@ def table(summary: Sequence[dict], differences: Sequence[dict] = (), gains: Sequ
     gained = {(entry["method"], entry["length"]): entry for entry in gains}
     head = f"{'length':>8} {'method':<{width}} {'perplexity':>11} {'95 %':>15} {'bits/byte':>9} {'tokens':>9} {'s':>7}"
     if differences:
-        head += f" | {differences[0]['method'] + ' / this':>16} {'95 %':>15}"
+        head += f" | {differences[0]['method'] + ' / this':>22}"
     if gains:
-        head += f" | {'this / shortest':>16} {'95 %':>15}"
+        head += f" | {'this / shortest':>22}"
     lines = [head, "-" * len(head)]
     for entry in sorted(summary, key=lambda entry: entry["length"]):
         key = entry["method"], entry["length"]
@@ -150,7 +150,10 @@ def table(summary: Sequence[dict], differences: Sequence[dict] = (), gains: Sequ
 
 
 def _ratio_cell(entry: dict | None) -> str:
-    return " " * 32 if entry is None else f"{entry['perplexity_ratio']:>16.4f} {_interval_cell(entry)}"
+    if entry is None:
+        return " " * 22
+    interval = "" if entry["ci_low"] is None else f" ({entry['ci_low']:.3f}-{entry['ci_high']:.3f})"
+    return f"{entry['perplexity_ratio']:.4f}{interval}".rjust(22)
 
 
 def _interval_cell(entry: dict) -> str:

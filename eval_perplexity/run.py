@@ -112,7 +112,7 @@ class Arguments:
                 )
         if self.tokens_per_document is not None and self.tokens_per_document < longest:
             raise InputError(
-                f"--tokens_per_document {self.tokens_per_document}: must not be below the longest of --lengths, {longest}"
+                f"--tokens_per_document {self.tokens_per_document}: is less than the longest of --lengths, {longest}"
             )
         if self.protocol == "last" and self.score_tokens is None:
             self.score_tokens = max(1, shortest // 2)
