@@ -162,6 +162,11 @@ def _interval_cell(entry: dict) -> str:
 
 def plot_perplexity(measured: Sequence[Measured], seed: int, path: Path) -> None:
     """Perplexity over length, a line a method, with bars; dotted lines where each training context ends."""
+    draw(measured, seed).savefig(path)
+
+
+def draw(measured: Sequence[Measured], seed: int):
+    """The figure, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -171,23 +176,25 @@ def plot_perplexity(measured: Sequence[Measured], seed: int, path: Path) -> None
     styles = (_STYLES + _MORE_STYLES) * len(measured)
     for i, (one, style) in enumerate(zip(measured, styles, strict=False)):
         shift = 1.02 ** (i - (len(measured) - 1) / 2)  # keeps the bars of two methods apart
-        _draw(axes, summarise(one, seed), one.label, shift, style)
+        _draw_line(axes, summarise(one, seed), one.label, shift, style)
     contexts: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for one, (colour, _, _) in zip(measured, styles, strict=False):
         if one.training_context:
             contexts[one.training_context].append((one.label, colour))
     for context, methods in contexts.items():
-        label = f"{', '.join(name for name, _ in methods)}{_TRAINED_AT}{context:,} positions"
-        axes.axvline(context, color=methods[0][1], linestyle=":", linewidth=1.5, label=label)
+        names = "all" if len(contexts) == 1 else ", ".join(name for name, _ in methods)
+        colour = "0.3" if len(contexts) == 1 else methods[0][1]
+        label = f"{names}{_TRAINED_AT}{context:,} positions"
+        axes.axvline(context, color=colour, linestyle=":", linewidth=1.5, label=label)
     _label(axes, sorted({length for one in measured for length in one.lengths()}), list(contexts))
     handles, labels = axes.get_legend_handles_labels()  # dotted lines come first; methods shall
     order = sorted(range(len(labels)), key=lambda i: _TRAINED_AT in labels[i])
     handles, labels = [handles[i] for i in order], [labels[i] for i in order]
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path)
+    return figure
 
 
-def _draw(axes, entries: Sequence[dict], label: str, shift: float, style: tuple[str, str, str]) -> None:
+def _draw_line(axes, entries: Sequence[dict], label: str, shift: float, style: tuple[str, str, str]) -> None:
     colour, marker, line = style
     x, y = [entry["length"] * shift for entry in entries], [entry["perplexity"] for entry in entries]
     ends = [(entry["ci_low"] or entry["perplexity"], entry["ci_high"] or entry["perplexity"]) for entry in entries]
@@ -205,7 +212,7 @@ def _label(axes, lengths: Sequence[int], contexts: Sequence[int]) -> None:
     low, high = axes.get_ylim()
     if high > 4 * max(low, 1):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(ScalarFormatter())
