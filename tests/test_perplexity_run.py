@@ -318,10 +318,10 @@ def test_a_pretrained_llama_reads_a_book_beside_its_landmark_form(landmark_data,
     arguments = ("--lengths", "15", "600", "--tokens_per_document", "600", "--baseline", str(folder))
     assert command(tmp_path / "landmark", books[0], tmp_path / "out", *arguments) == 0
     landmark, dense = rows_of(tmp_path / "out"), rows_of(tmp_path / "out/baseline/dense")
-    # inside its first block a converted model is the LLaMA it was, but for the landmark's share of the vocabulary
+    # inside its first block a converted model is the LLaMA it was, but for the little that the landmark's logit takes
     pairs = [(a["nll"], b["nll"]) for a, b in zip(landmark, dense, strict=True) if a["length"] == 15]
-    assert len(pairs) == 40 and all(a == pytest.approx(b, rel=0.01) and a > b for a, b in pairs)
-    text = books[0].read_text(encoding="utf-8-sig", errors="strict")
+    assert len(pairs) == 40 and all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
+    text = books[0].read_bytes().decode("utf-8-sig")  # line ends as they are
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:600]
     long = next(row for row in landmark if row["length"] == 600)
     assert long["bytes"] == len(tokenizer.decode(ids).encode("utf-8"))
