@@ -210,3 +210,16 @@ def test_positions_that_are_scaled_already_are_not_scaled_again(tmp_path):
     Scorer("--baseline", subject, Method("dense"), "auto", "cpu")
     with pytest.raises(InputError, match="yarn scales plain rotary positions, and this model has 'linear'"):
         Scorer("--baseline", subject, Method("yarn"), "auto", "cpu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_is_read_with_its_weights_and_its_landmark_row(tied, tmp_path):
+    from test_adapters import IDS, make_base, train_adapter
+
+    model = train_adapter(make_base(tmp_path / "base", tie_word_embeddings=tied), tmp_path / "adapter")
+    ids = IDS[:1]
+    subject = find_subject("--model", str(tmp_path / "adapter"), {})
+    loaded = Scorer("--model", subject, Method("landmark"), "auto", "cpu")
+    with torch.no_grad():
+        own = model(ids[:, :-1], labels=ids).loss * (ids.shape[1] - 1)
+    torch.testing.assert_close(loss(loaded.nll, ids, ids.shape[1] - 1).float()[0], own)
