@@ -1,10 +1,12 @@
-"""The files of one model's run: `results.jsonl`, a row a prompt, resumed after an interruption, and `summary.json`."""
+"""The files of one model's run: `results.jsonl`, a row a measurement, gone on with if interrupted; `summary.json`."""
 
 import json
 import os
 from pathlib import Path
 
 from eval_passkey.prompts import InputError
+
+PROMPT_FIELDS = ("length", "seed", "depth", "correct", "seconds")
 
 
 class ResultsFolder:
@@ -18,17 +20,24 @@ class ResultsFolder:
     identity: what all rows of the folder must share; JSON values, nested dictionaries allowed. It is written to
         `summary.json` before the first row.
     tasks: by name, what rows of that task must share. A folder takes further tasks.
+    fields: what every row has; a line without them is no row of these results.
     InputError if the folder cannot be written, holds rows of another identity, or a row in its middle is broken. A
     broken last row is what an interruption leaves: it is removed.
     """
 
-    def __init__(self, folder: Path, identity: dict, tasks: dict[str, dict]):
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict,
+        tasks: dict[str, dict] | None = None,
+        fields: tuple[str, ...] = PROMPT_FIELDS,
+    ):
         self.rows_path = folder / "results.jsonl"
         self.summary_path = folder / "summary.json"
-        self.identity, self.tasks = identity, tasks
+        self.identity, self.tasks = identity, tasks or {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.rows = _read_rows(self.rows_path)
+            self.rows = _read_rows(self.rows_path, fields)
             if self.rows:
                 self._refuse_another_identity()
             else:
@@ -86,14 +95,14 @@ class ResultsFolder:
         self.tasks = {**earlier_tasks, **self.tasks}
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """The rows of a file, none if there is no file. A torn row at its end is cut off the file."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     rows: list[dict] = []
     for i, line in enumerate(lines):
-        row = _row(line)
+        row = _row(line, fields)
         if row is None and i < len(lines) - 1:
             raise InputError(f"{path}, line {i + 1}: is no row of results; choose another --output")
         if row is None:
@@ -103,13 +112,12 @@ def _read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _row(line: bytes) -> dict | None:
+def _row(line: bytes, fields: tuple[str, ...]) -> dict | None:
     """The row that a line holds, or None if it is torn or something else."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    fields = ("length", "seed", "depth", "correct", "seconds")
     whole = line.endswith(b"\n") and isinstance(row, dict) and all(field in row for field in fields)
     return row if whole else None
 

@@ -112,6 +112,12 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         retrieval_granularity: RetrievalGranularity | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        # not needed; trl calls this model, not the one with the language head, with all that a collator made
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
         if output_attentions:

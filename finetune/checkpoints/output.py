@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.arguments import RunArguments, UserError
-from finetune.checkpoints.disk import flush_to_disk, is_disk_full, write_json
 from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_another_run, refuse_damage
+from finetune.disk import flush_to_disk, is_disk_full, write_json
 from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.hub import LOADER
 from landmark_llama.model_card import CARD, is_own_card, model_card, write_card
