@@ -1,8 +1,8 @@
-"""A speed is reported only where the result is right: what the benchmarks verify before they measure.
+"""Correctness checks that run before any timing: a speed is reported only if the result is right.
 
-One criterion for rounding: a result may be off by twice as much as a plain computation in the same dtype, plus the
-rounding of the exact result itself, in the root of the mean square. A check returns None, or a sentence that says what
-is wrong. That the best blocks are chosen is compared with brute force in `tests/`, not here.
+A check returns None, or a sentence that says what is wrong. All errors are root mean squares. A result may have twice
+the error of a plain computation in the same dtype, plus the rounding of the exact result itself. The choice of blocks
+is compared with brute force in `tests/`, not here.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from benchmarks.models import LANDMARK, ModelArguments, load_model, random_text
 from landmark_llama import LandmarkCache, LandmarkLlamaConfig, landmark_attention
 from landmark_llama.attention import landmark_attention_reference
 
-UNEVEN = (37, 1, 64, 5)  # tokens of the calls that a text is cut into, in turn
-TEXTS = (
-    3  # where two blocks score nearly the same, rounding may choose either: one of so many texts must come out right
-)
+UNEVEN = (37, 1, 64, 5)  # lengths of the calls that a text is cut into, in turn
+# Rounding may choose either of two blocks whose scores are nearly equal. So one of several texts must come out right.
+TEXTS = 3
 
 
 def check_attention(
     args: ModelArguments, config: LandmarkLlamaConfig, attention: Callable[..., Tensor] | None = None
 ) -> str | None:
-    """Compares an attention, by default the library's, with the definition: outputs and gradients over one window."""
+    """Compares `attention` (default: the library's) with the definition: outputs and gradients over one window."""
     generator = torch.Generator().manual_seed(args.seed)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     query, key, value, grad = (
@@ -54,21 +53,23 @@ def check_attention(
 
 @torch.inference_mode()
 def check_reading(args: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
-    """Compares a text read through a cache with the same text read in another way.
+    """Compares texts read through a cache with the same texts read in another way.
 
-    A text that fits the table of blocks must give what one forward over all of it gives. One of four windows, with a
-    real choice of blocks, must give the same however it is cut into calls: anywhere and down to single tokens where no
-    choice is shared between tokens; between blocks for `"head"`, where a decoding step must choose as a single token
-    does. The longer text is read in float64, whose rounding is that of the rotations: their table is fp32.
+    1. A text that fits the block table must give the logits of one forward over all of it.
+    2. A text of four windows, where blocks are really chosen, must give the same logits however it is cut into calls.
+       If no choice is shared between tokens, it is cut anywhere, down to single tokens. With `"head"` it is cut between
+       blocks, and a decoding step must also equal one with `"token_and_head"`.
+
+    The longer text is read in float64. Its rounding is that of the rotary table, which is fp32.
     """
     model = load_model(args, config, LANDMARK)
     precise, single = copy.deepcopy(model).double(), copy.deepcopy(model).float()
     settings = config.retrieval()
     ordinary = config.block_size - 1
-    fitting = (settings.num_direct_blocks + settings.num_retrieved_blocks + 1) * ordinary - ordinary // 2
+    fitting_tokens = (settings.num_direct_blocks + settings.num_retrieved_blocks + 1) * ordinary - ordinary // 2
     texts = random_text(args, config, 4 * config.train_context_length, batch=TEXTS)
 
-    window = texts[:1, :fitting]
+    window = texts[:1, :fitting_tokens]
     exact = precise(window).logits
     what = "a text that fits the table, read through a cache, against one forward"
     problem = _verdict(what, _read(model, window, UNEVEN), exact, _allowed(model(window).logits, exact))
@@ -80,7 +81,7 @@ def check_reading(args: ModelArguments, config: LandmarkLlamaConfig) -> str | No
 
 
 def _check_cuts(model: PreTrainedModel, text: Tensor, shared: bool, allowed: float) -> str | None:
-    """Reads `text` (1, tokens) in several ways; `shared`: the tokens of a block share a choice while they are read."""
+    """Reads `text` (1, tokens) cut into different calls. `shared`: whether the tokens of a block share a choice."""
     ordinary = model.config.block_size - 1
     cuts = tuple(ordinary * n for n in (1, 3, 2)) if shared else UNEVEN
     what = f"a text of {text.shape[1]} tokens in calls of {cuts} tokens, against one call"
@@ -95,7 +96,7 @@ def _check_cuts(model: PreTrainedModel, text: Tensor, shared: bool, allowed: flo
 def _read(
     model: PreTrainedModel, text: Tensor, lengths: tuple[int, ...], last_granularity: str | None = None
 ) -> Tensor:
-    """Logits (1, tokens, vocab_size) of a text read through a cache, in calls of `lengths` tokens in turn."""
+    """Logits (1, tokens, vocab_size) of a text read through a cache. The calls have `lengths` tokens, in turn."""
     cache, logits, first = LandmarkCache(model.config), [], 0
     while first < text.shape[1]:
         call = text[:, first : first + lengths[len(logits) % len(lengths)]]
@@ -106,16 +107,17 @@ def _read(
 
 
 def _allowed(plain: Tensor, exact: Tensor) -> float:
-    """The error that rounding may make: twice that of a plain computation, and the rounding of the exact result."""
+    """The error that rounding explains: twice that of a plain computation, plus the rounding of the exact result."""
     return 2 * _mean(plain.double() - exact) + torch.finfo(plain.dtype).eps * _mean(exact)
 
 
 def _verdict(what: str, result: Tensor, exact: Tensor, allowed: float) -> str | None:
+    """None if the error is at most `allowed`, otherwise a sentence about it."""
     error = _mean(result.double() - exact)
-    # written so that a NaN fails
+    # not `error > allowed`, which is false for NaN
     return None if error <= allowed else f"{what}: off by {error:.3g}, rounding allows {allowed:.3g}"
 
 
 def _mean(x: Tensor) -> float:
-    """Root of the mean square: a single wrong row lifts it far above rounding, and no unlucky maximum does."""
+    """Root mean square. A single wrong row raises it far above rounding; a single large rounding error does not."""
     return float(x.double().square().mean().sqrt())

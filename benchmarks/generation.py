@@ -5,11 +5,12 @@
     python benchmarks/generation.py --model DIR --device cuda --dtype bfloat16 --output FILE
     python benchmarks/generation.py --against package.module:function
 
-For each prompt length: seconds to read the prompt, milliseconds a generated token, and the peak of memory. Every
-measurement is a process of its own; the implementations take turns. Rows go to `--output`, failures beside it, and
-`python benchmarks/table.py FILE` makes the table of a README of them. `--against` measures another model in the same
-run: the function takes the landmark model's configuration, which holds LLaMA's own fields, and returns a causal
-language model that is called as transformers' are. What it computes is not checked.
+Measures, for each prompt length, the seconds to read the prompt, the milliseconds per generated token, and the peak
+memory. Each measurement runs in a process of its own, and the implementations take turns. Rows go to `--output`,
+failures to a file beside it. `python benchmarks/table.py FILE` makes a Markdown table of them.
+
+`--against` measures another model in the same run. The function receives the landmark model's configuration, which
+includes LLaMA's fields. It returns a causal language model with transformers' interface. Its results are not checked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+# The repository root replaces this folder on the path. So the script runs from anywhere, and transformers does not take
+# the kernels.py here for the package `kernels`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from tqdm import tqdm
@@ -52,7 +54,7 @@ from benchmarks.models import (
 )
 from landmark_llama import LandmarkCache, LandmarkLlamaConfig
 
-CHECKED_LAYERS = 4  # of random weights: more layers compute nothing else, and large ones do not fit twice in float64
+CHECKED_LAYERS = 4  # random layers are all alike, and many large ones do not fit twice in float64
 QUANTITIES = ("prefill_seconds", "decode_ms_per_token", "peak_memory_mib")
 
 
@@ -65,20 +67,21 @@ class Arguments:
     )
     granularity: list[str] = field(
         default_factory=lambda: ["head", "token_and_head"],
-        metadata={"help": "Kinds of retrieval_granularity of the landmark model, each measured."},
+        metadata={"help": "Settings of retrieval_granularity to measure."},
     )
     decode_tokens: int = field(
         default=32, metadata={"help": "Tokens generated after the prompt; 16 or more, to hold the end of a block."}
     )
     repetitions: int = field(default=3, metadata={"help": "Processes per implementation and length."})
-    dense: bool = field(default=True, metadata={"help": "Whether the dense model is measured, too."})
+    dense: bool = field(default=True, metadata={"help": "Whether to measure the dense model, too."})
     against: str = field(default="", metadata={"help": "Another model to measure, as module:function."})
     cuda_graphs: bool = field(
-        default=False, metadata={"help": "Whether the landmark model records its decoding steps and replays them."}
+        default=False, metadata={"help": "Whether the landmark model replays its decoding steps as CUDA graphs."}
     )
     slow_seconds: float = field(default=60.0, metadata={"help": "A prompt that takes longer is read only once."})
     warmup_tokens: int = field(
-        default=0, metadata={"help": "Prompt read before the clock starts; 0: 1024 on a CPU, the whole one on a GPU."}
+        default=0,
+        metadata={"help": "Tokens read before the clock starts; 0: 1024 on a CPU, the whole prompt on a GPU."},
     )
     output: str = field(
         default=str(Path(__file__).parent / "results" / "generation.jsonl"),
@@ -108,15 +111,15 @@ def measure(
     against: str = "",
     cuda_graphs: bool = False,
 ) -> dict[str, Any]:
-    """One measurement, in the present process: reads `length` tokens, then generates `decode_tokens`, greedily.
+    """One measurement, in this process: reads `length` tokens, then generates `decode_tokens` greedily.
 
     Args:
-        implementation: `DENSE`, `AGAINST`, or one that begins with `LANDMARK`.
-        against: what `AGAINST` is, as module:function.
+        implementation: `DENSE`, `AGAINST`, or a name that begins with `LANDMARK`.
+        against: the function that makes the `AGAINST` model, as module:function.
         cuda_graphs: whether the landmark model replays its decoding steps.
 
     Returns:
-        The `QUANTITIES`, the decoding one as the median over the tokens, with `decode_ms` of each token.
+        The `QUANTITIES`, and `decode_ms`, the milliseconds of each generated token.
     """
     if implementation == AGAINST:
         torch.manual_seed(args.seed)
@@ -127,11 +130,11 @@ def measure(
     text = random_text(args, config, length)
     landmark = config.landmark_token_id
     recorded = cuda_graphs and implementation.startswith(LANDMARK)
-    # PyTorch loads parts of itself at their first use, which is not the model's memory
+    # PyTorch loads parts of itself on first use: that memory must not count as the model's
     _read_and_generate(model, text[:, :32], 4, landmark, recorded)
     memory = PeakMemory(args.device)
-    whole = torch.device(args.device).type == "cuda"
-    _read_and_generate(model, text[:, : warmup or (length if whole else 1024)], 4, landmark, recorded)
+    warmup = warmup or (length if torch.device(args.device).type == "cuda" else 1024)
+    _read_and_generate(model, text[:, :warmup], 4, landmark, recorded)
     seconds, steps = _read_and_generate(model, text, decode_tokens, landmark, recorded)
     milliseconds = [step * 1000 for step in steps]
     measured = (seconds, statistics.median(milliseconds), memory.mib())
@@ -142,7 +145,7 @@ def measure(
 def _read_and_generate(
     model: PreTrainedModel, text: torch.Tensor, new_tokens: int, landmark_token_id: int, cuda_graphs: bool
 ) -> tuple[float, list[float]]:
-    """Seconds to read `text` (1, length) in one call, and of each of the `new_tokens` steps after it."""
+    """Seconds to read `text` (1, length) in one call, and seconds of each of the `new_tokens` decoding steps."""
     cache = LandmarkCache(model.config, cuda_graphs=True) if cuda_graphs else None
     watch, steps = Stopwatch(str(text.device)), []
     outputs = model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -158,13 +161,13 @@ def _read_and_generate(
 
 
 def _greedy(logits: torch.Tensor, landmark_token_id: int) -> torch.Tensor:
-    """The next token (1, 1): the likeliest, never the landmark."""
+    """The most likely next token (1, 1) that is not the landmark."""
     logits = logits[:, -1].index_fill(-1, torch.tensor(landmark_token_id, device=logits.device), -torch.inf)
     return logits.argmax(-1, keepdim=True)
 
 
 class GenerationBenchmark:
-    """The whole run: checks, then every length with its implementations in turn."""
+    """The whole run: checks each implementation, then measures them at every length."""
 
     def __init__(self, model: ModelArguments, args: Arguments) -> None:
         self.model, self.args = model, args
@@ -185,7 +188,7 @@ class GenerationBenchmark:
         self.results = ResultsFile(Path(args.output), common)
 
     def run(self) -> None:
-        """Measures everything; shows a bar on standard error, and each length's figures as soon as they are there."""
+        """Measures everything. Shows a progress bar and, after each length, its figures on standard error."""
         rounds = len(self.args.lengths) * self.args.repetitions * len(self.configs)
         with tqdm(total=rounds, unit="run", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
             right = [name for name in self.configs if not name.startswith(LANDMARK) or self._is_right(name)]
@@ -211,7 +214,7 @@ class GenerationBenchmark:
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in implementations}
         failed: set[str] = set()
         for repetition in range(self.args.repetitions):
-            # back and forth, so that nobody always runs after the same neighbour
+            # alternating order, so that no implementation always runs after the same one
             for name in implementations if repetition % 2 == 0 else implementations[::-1]:
                 bar.set_postfix_str(f"{length} tokens, {name}", refresh=sys.stderr.isatty())
                 slow = any(one["prefill_seconds"] > self.args.slow_seconds for one in measured[name])
@@ -246,7 +249,7 @@ class GenerationBenchmark:
             row["note"] = f"measured {len(measured)} instead of {wanted} times: reading took over {seconds:g} s"
         if quantity == "decode_ms_per_token":
             row["tokens"] = self.args.decode_tokens
-            # a block's last token brings its landmark along, and a cache grows now and then: the median hides both
+            # the median hides two slow steps: the last token of a block comes with a landmark, and the cache may grow
             row["mean"] = round(statistics.mean(x for one in measured for x in one["decode_ms"]), 4)
             row["slowest"] = round(max(x for one in measured for x in one["decode_ms"]), 4)
         self.results.add(row)
@@ -259,7 +262,7 @@ class GenerationBenchmark:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0, or 1 if something could not be measured."""
+    """Runs the command. Returns 0, or 1 if something could not be measured."""
     model, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(argv)
     benchmark = GenerationBenchmark(model, args)
     benchmark.run()

@@ -4,14 +4,16 @@
     python benchmarks/kernels.py --lengths 8192 --block_size 51 --repetitions 50
     python benchmarks/kernels.py --against package.module:function
 
-Needs a GPU; without one it says so and exits 2. Dense attention is `scaled_dot_product_attention`, causal, held to its
-flash backend (`flash`) and to cuDNN's (`cudnn`). `--against` times another landmark attention in the same run, called
-as `function(query, key, value, block_size=...)`. Implementations take turns in one process. Each time is also given as
-a multiple of its floor: the operations that the work needs at the rate of a large matrix product measured here, or its
-bytes at the rate of a large copy, whichever takes longer. Rows go to `--output`, failures beside it.
+Needs a GPU; without one it says so and exits with code 2. Dense attention is causal `scaled_dot_product_attention`,
+restricted to its flash backend (`flash`) or to cuDNN's (`cudnn`). `--against` times another landmark attention in the
+same run, called as `function(query, key, value, block_size=...)`. Implementations take turns in one process. Rows go to
+`--output`, failures to a file beside it.
 
-What reading is: the attention of one layer over a whole prompt whose keys and values the cache holds, cut into chunks
-as the model cuts it; dense attention does the same in one call.
+Each time is also divided by its floor, the least time that the work can take: its operations at the rate of a large
+matrix product, or its bytes at the rate of a large copy, whichever is longer. Both rates are measured in the same run.
+
+Reading means the attention of one layer over a whole prompt, with keys and values in the cache. The prompt is cut into
+chunks as the model does it. Dense attention does the same in one call.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+# The repository root replaces this folder on the path. So the script runs from anywhere, and transformers does not take
+# the kernels.py here for the package `kernels`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from torch import Tensor
@@ -52,14 +55,14 @@ class Arguments:
     """What is measured, and how often."""
 
     lengths: list[int] = field(
-        default_factory=lambda: [4096, 8192, 32768], metadata={"help": "Positions of a row, each measured."}
+        default_factory=lambda: [4096, 8192, 32768], metadata={"help": "Lengths of a row to measure, in positions."}
     )
     reading_lengths: list[int] = field(
-        default_factory=lambda: [32768, 131072], metadata={"help": "Positions of a prompt, each read."}
+        default_factory=lambda: [32768, 131072], metadata={"help": "Lengths of a prompt to read, in positions."}
     )
     num_retrieved_blocks: int = field(default=8, metadata={"help": "Blocks that a query retrieves while reading."})
     num_local_blocks: int = field(default=8, metadata={"help": "Blocks before its own that it reads directly."})
-    tokens: int = field(default=32768, metadata={"help": "Positions of a batch: shorter rows make larger batches."})
+    tokens: int = field(default=32768, metadata={"help": "Positions in a batch; with shorter rows it has more rows."})
     heads: int = field(default=32, metadata={"help": "Query heads."})
     kv_heads: int = field(default=0, metadata={"help": "Key and value heads; 0: as many as query heads."})
     head_dim: int = field(default=128, metadata={"help": "Width of a head."})
@@ -84,19 +87,19 @@ class Arguments:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as PyTorch knows it."""
+        """`dtype` as a torch.dtype."""
         return getattr(torch, self.dtype)
 
 
 class Rates(NamedTuple):
-    """What the GPU reaches in this run."""
+    """The GPU's speed, measured in this run."""
 
     operations_per_second: float
     bytes_per_second: float
 
     def floor(self, args: Arguments, length: int, batch: int, backward: bool) -> float:
-        """Seconds that causal attention takes at the least."""
-        # two matrix products forward and five backward, half of each product being masked
+        """The least seconds that causal attention can take."""
+        # two matrix products forward, five backward; half of each product is masked
         products = 7 if backward else 2
         operations = products * batch * args.heads * length**2 * args.head_dim
         query = batch * args.heads * length * args.head_dim * args.torch_dtype.itemsize
@@ -106,7 +109,7 @@ class Rates(NamedTuple):
         return self._seconds(operations, moved)
 
     def reading_floor(self, args: Arguments, length: int) -> float:
-        """Seconds that reading one row takes at the least: all landmarks scored, and every block of the table read."""
+        """The least seconds that reading one row can take: scoring all landmarks, and reading each query's blocks."""
         pairs = length * length / args.block_size / 2
         table = length * args.block_size * (args.num_retrieved_blocks + args.num_local_blocks + 0.5)
         operations = 2 * args.heads * args.head_dim * (pairs + 2 * table)
@@ -129,7 +132,7 @@ def measure_rates(dtype: torch.dtype) -> Rates:
 
 
 def implementations(args: Arguments) -> dict[str, Attention]:
-    """What is timed, by name. Raises ValueError if `--against` cannot be imported."""
+    """The attentions to time, by name. Raises ValueError if `--against` cannot be imported."""
     found: dict[str, Attention] = {
         FLASH: partial(_dense, SDPBackend.FLASH_ATTENTION),
         CUDNN: partial(_dense, SDPBackend.CUDNN_ATTENTION),
@@ -148,7 +151,7 @@ def _dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Te
 
 
 def _time(calls: dict[str, Callable[[], object]], repetitions: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repetitions` times; they take turns, in alternating order."""
+    """Seconds of each call, `repetitions` times. The calls take turns, in alternating order."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(warmup):
@@ -172,7 +175,7 @@ def _forward_backward(attend: Attention, inputs: tuple[Tensor, ...], grad: Tenso
 
 
 def measure(args: Arguments, length: int, attentions: dict[str, Attention], rates: Rates, results: ResultsFile) -> None:
-    """Times one length and adds its rows; what cannot run it is a failure, and the others go on."""
+    """Times one length and adds its rows. An implementation that cannot run is recorded as a failure."""
     batch = max(1, args.tokens // length)
     generator = torch.Generator(DEVICE).manual_seed(0)
     query, key, value, grad = (
@@ -199,7 +202,7 @@ def measure(args: Arguments, length: int, attentions: dict[str, Attention], rate
 
 
 class Reader:
-    """The attention of one layer over prompts of `length` positions, through a cache with their keys and values."""
+    """The attention of one layer over a prompt of `length` positions whose keys and values are in a cache."""
 
     def __init__(self, args: Arguments, length: int, granularity: str, key: Tensor, value: Tensor) -> None:
         self.args, self.granularity = args, granularity
@@ -238,7 +241,6 @@ class Reader:
                 groups,
                 num_retrieved_blocks=self.args.num_retrieved_blocks,
                 granularity=self.granularity,
-                block_size=self.args.block_size,
                 rotary=self.rotary,
                 scale=self.args.head_dim**-0.5,
                 landmarks_tie=False,
@@ -278,7 +280,7 @@ def _add(
     figures: dict[str, dict[str, Any]],
     floors: dict[str, float],
 ) -> None:
-    """A row for each implementation; `floors`: seconds that it takes at the least, where that is said."""
+    """Adds a row for each implementation. `floors`: the least seconds it can take, if known."""
     flash = figures.get(FLASH, {}).get("median")
     for name, row in figures.items():
         ratio = {"ratio_to_flash": round(row["median"] / flash, 4) if flash else None}
@@ -294,10 +296,7 @@ def _add(
 def _right(
     args: Arguments, attentions: dict[str, Attention], results: ResultsFile
 ) -> tuple[dict[str, Attention], list[str]]:
-    """The dense implementations, and of the landmark ones those that agree with the definition; so for `GRANULARITIES`.
-
-    A speed is reported only where the result is right.
-    """
+    """The implementations and granularities to time: landmark attention is left out where a check finds it wrong."""
     shape = ModelArguments(
         vocab_size=256,
         hidden_size=256,
@@ -328,7 +327,7 @@ def _right(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0, 1 if something could not be measured, 2 without a GPU."""
+    """Runs the command. Returns 0, 1 if something could not be measured, or 2 without a GPU."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     attentions = implementations(args)
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Measuring fairly: fresh processes, clocks, peak memory, and rows that say what machine they come from."""
+"""Tools for measuring: fresh processes, clocks, peak memory, and rows that describe the machine."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Result = TypeVar("Result")
 
 
 class MeasurementFailed(Exception):
-    """A measurement that gave no figure; the message is the reason."""
+    """A measurement gave no figure. The message says why."""
 
 
 def isolated(function: Callable[..., Result], *args: Any, threads: int = 0) -> Result:
-    """Calls `function(*args)` in a process of its own, which starts clean: no memory or thread of an earlier call.
+    """Calls `function(*args)` in a fresh process, without memory or threads of earlier calls.
 
     Args:
-        threads: that PyTorch may use there; 0: as many as it takes by itself.
+        threads: how many threads PyTorch uses there; 0: its default.
 
     Raises:
-        MeasurementFailed: if the call raises, or its process is killed (for lack of memory, mostly).
+        MeasurementFailed: the call raises, or its process is killed (usually for lack of memory).
     """
     context = multiprocessing.get_context("forkserver")
-    # children are forked from a server that has these imported and has computed nothing
+    # the server has these modules imported and has computed nothing, so a new process starts fast and clean
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "landmark_llama"])
     initializer = (torch.set_num_threads, (threads,)) if threads else (None, ())
     with ProcessPoolExecutor(1, context, *initializer) as pool:
@@ -49,13 +49,13 @@ def isolated(function: Callable[..., Result], *args: Any, threads: int = 0) -> R
             return pool.submit(function, *args).result()
         except BrokenProcessPool as error:
             raise MeasurementFailed("its process was killed, most likely for lack of memory") from error
-        except Exception as error:  # whatever it was, it must not take the other measurements along
+        except Exception as error:  # no failure may stop the other measurements
             message = (str(error).strip() or "no message").splitlines()[0]
             raise MeasurementFailed(f"{type(error).__name__}: {message}") from error
 
 
 def imported(name: str) -> Callable[..., Any]:
-    """What `--against module:function` names. Raises ValueError if there is no such thing."""
+    """The function that `--against module:function` names. Raises ValueError if it cannot be imported."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -64,7 +64,7 @@ def imported(name: str) -> Callable[..., Any]:
 
 
 class Stopwatch:
-    """Seconds between its `lap()` calls, all work of the device included."""
+    """Measures the seconds between `lap()` calls. On a GPU it waits for the device first."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -82,7 +82,10 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Most memory in use since this was made, beyond what was in use then: a GPU's tensors, or the process on a CPU."""
+    """The peak memory since this object was made, beyond what was in use then.
+
+    On a GPU it is the memory of PyTorch's tensors, on a CPU that of the process.
+    """
 
     def __init__(self, device: str) -> None:
         gc.collect()
@@ -102,9 +105,9 @@ class PeakMemory:
 
 
 def _process_peak() -> int:
-    """Bytes that this process held at most.
+    """Peak memory of this process in bytes.
 
-    Linux's own count, where there is one: `ru_maxrss` starts at the size of the process that launched this one.
+    Uses Linux's VmHWM if there is one: `ru_maxrss` would start at the size of the process that launched this one.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -115,7 +118,7 @@ def _process_peak() -> int:
 
 
 def _forget_process_peak() -> None:
-    """Makes the present size the peak. Where the system cannot, a peak below an earlier one is not seen."""
+    """Resets the peak to the present size. If the system cannot, a peak lower than an earlier one goes unnoticed."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -123,21 +126,21 @@ def _forget_process_peak() -> None:
 
 
 def statistics_of(values: list[float]) -> dict[str, Any]:
-    """Median and spread of repeated measurements, and the measurements themselves, rounded to 6 digits."""
+    """Median, spread and values of repeated measurements, rounded to 6 digits."""
     values = [float(f"{value:.6g}") for value in values]
     median = float(f"{statistics.median(values):.6g}")
     return {"median": median, "min": min(values), "max": max(values), "repetitions": len(values), "values": values}
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """What the figures depend on; no name of the machine."""
+    """The properties of the machine that the figures depend on. The machine's name is not among them."""
     described: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.system(),
-        # other work on the machine shows here: it should be near 0
+        # shows other work on the machine: should be near 0
         "load_before": round(os.getloadavg()[0], 2),
         "device": torch.device(device).type,
     }
@@ -148,7 +151,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's name; "unknown" where the system does not tell."""
+    """The processor's name, or "unknown"."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -159,7 +162,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the figures depend on."""
+    """Versions of the software that the figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -170,14 +173,14 @@ def versions() -> dict[str, str | None]:
 
 
 class ResultsFile:
-    """The rows of a run, added to a JSONL file one by one; what failed goes to `NAME.failed.jsonl` beside it.
+    """Appends the rows of a run to a JSONL file, one by one. Failures go to `NAME.failed.jsonl` beside it.
 
     Args:
-        path: of the file; earlier runs in it are kept.
-        common: what every row of this run says beside its own figures.
+        path: the file. Earlier runs in it are kept.
+        common: fields that are added to every row of this run.
 
     Raises:
-        ValueError: if the file cannot be written.
+        ValueError: the file cannot be written.
     """
 
     def __init__(self, path: Path, common: dict[str, Any]) -> None:
@@ -192,16 +195,16 @@ class ResultsFile:
             raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from error
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds a row, at once."""
+        """Writes a row immediately."""
         self._append(self.path, row)
 
     def add_failure(self, row: dict[str, Any], reason: str) -> None:
-        """Adds a row without figures to the other file."""
+        """Writes a row without figures to the file of failures."""
         self.failures += 1
         self._append(self.failed_path, {**row, "reason": reason})
 
     def report(self) -> int:
-        """Prints where the rows are; the command's exit code: 1 if something could not be measured."""
+        """Prints where the rows are. Returns the command's exit code: 1 if something could not be measured."""
         print(self.path)
         if self.failures:
             print(self.failed_path)
@@ -215,12 +218,12 @@ class ResultsFile:
 def exit_with(
     main: Callable[[], int], kept: str | None = None, mistakes: tuple[type[Exception], ...] = (ValueError,)
 ) -> NoReturn:
-    """Runs a benchmark as a command: a user's mistake becomes one sentence, and so does an interruption.
+    """Runs a benchmark as a command. A user's mistake or an interruption ends it with one sentence.
 
     Args:
-        main: returns the exit code.
-        kept: what has been written when it is interrupted.
-        mistakes: what a user's mistake raises.
+        main: the command; returns the exit code.
+        kept: what an interrupted run leaves behind, for the message.
+        mistakes: the exceptions that a user's mistake raises.
     """
     try:
         sys.exit(main())

@@ -1,4 +1,4 @@
-"""The two models of a comparison: a landmark LLaMA and transformers' dense one of the same shape."""
+"""The two models of a comparison: a landmark LLaMA, and transformers' dense LLaMA of the same shape."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ AGAINST = "against"  # another implementation, named by `--against`
 
 @dataclass
 class ModelArguments:
-    """Shape of both models; by default the demo's, with random weights."""
+    """Shape of both models. The default is the demo's, with random weights."""
 
     model: str | None = field(
-        default=None, metadata={"help": "Folder of a landmark checkpoint, instead of random weights of a shape."}
+        default=None, metadata={"help": "Folder of a landmark checkpoint, instead of random weights."}
     )
-    vocab_size: int = field(default=1537, metadata={"help": "Tokens, the landmark included."})
+    vocab_size: int = field(default=1537, metadata={"help": "Vocabulary size, the landmark included."})
     hidden_size: int = field(default=128, metadata={"help": "Width."})
-    intermediate_size: int = field(default=344, metadata={"help": "Width inside the feed-forward part."})
+    intermediate_size: int = field(default=344, metadata={"help": "Width inside the feed-forward layer."})
     layers: int = field(default=3, metadata={"help": "Layers."})
     heads: int = field(default=4, metadata={"help": "Query heads."})
     kv_heads: int = field(default=0, metadata={"help": "Key and value heads; 0: as many as query heads."})
@@ -37,8 +37,8 @@ class ModelArguments:
     num_retrieved_blocks: int = field(default=4, metadata={"help": "Blocks that a query retrieves."})
     num_local_blocks: int = field(default=2, metadata={"help": "Blocks before its own that a query reads directly."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
-    threads: int = field(default=0, metadata={"help": "Threads on a CPU; 0: as many as PyTorch takes by itself."})
+    device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda if there is one."})
+    threads: int = field(default=0, metadata={"help": "Threads on a CPU; 0: PyTorch's default."})
     seed: int = field(default=0, metadata={"help": "Of the weights and of the text."})
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class ModelArguments:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as PyTorch knows it."""
+        """`dtype` as a torch.dtype."""
         return getattr(torch, self.dtype)
 
 
@@ -70,10 +70,10 @@ SHAPE = (
 
 
 def landmark_config(args: ModelArguments, granularity: str) -> LandmarkLlamaConfig:
-    """Configuration of the landmark model with `granularity` as its `retrieval_granularity`.
+    """Configuration of the landmark model, with `granularity` as its `retrieval_granularity`.
 
     Raises:
-        ValueError: if the settings do not fit each other, or `--model` is no landmark checkpoint.
+        ValueError: the settings do not fit each other, or `--model` is not a landmark checkpoint.
     """
     if args.model is None:
         config = LandmarkLlamaConfig(
@@ -108,7 +108,7 @@ def dense_config(config: LandmarkLlamaConfig) -> LlamaConfig:
 
 
 def load_model(args: ModelArguments, config: LandmarkLlamaConfig, implementation: str) -> PreTrainedModel:
-    """The model to measure, on its device, for evaluation; `implementation` is `DENSE` or begins with `LANDMARK`."""
+    """The model to measure, on its device and in eval mode. `implementation`: `DENSE`, or begins with `LANDMARK`."""
     logging.disable_progress_bar()
     dense = implementation == DENSE
     attention = {"attn_implementation": "sdpa"} if dense else {}
@@ -118,21 +118,21 @@ def load_model(args: ModelArguments, config: LandmarkLlamaConfig, implementation
         with torch.device(args.device):  # drawing billions of weights on a CPU takes minutes
             model = AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, **attention)
     else:
-        # a landmark checkpoint holds LLaMA's own weights under LLaMA's own names
+        # the dense model can load a landmark checkpoint: its weights have LLaMA's names and shapes
         kind = LlamaForCausalLM if dense else LandmarkLlamaForCausalLM
         model = kind.from_pretrained(args.model, config=config, dtype=args.torch_dtype, **attention)
     return model.to(args.device).eval()
 
 
 def random_text(args: ModelArguments, config: LandmarkLlamaConfig, length: int, batch: int = 1) -> Tensor:
-    """Ordinary tokens (batch, length) drawn from the seed: any token but the landmark."""
+    """Random ids (batch, length) of any token but the landmark, determined by the seed."""
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(config.vocab_size - 1, (batch, length), generator=generator)
     return (ids + (ids >= config.landmark_token_id)).to(args.device)
 
 
 def shape_of(config: LandmarkLlamaConfig) -> dict[str, int | str | None]:
-    """What a row of results says about the shape."""
+    """The fields of a result row that describe the shape."""
     names = (
         "vocab_size",
         "hidden_size",

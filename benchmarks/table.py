@@ -1,9 +1,9 @@
-"""Makes the tables of a README of result files, the lengths where dense attention wins included.
+"""Makes Markdown tables from result files, and names the lengths at which dense attention wins.
 
     python benchmarks/table.py                                # every file in benchmarks/results/
     python benchmarks/table.py benchmarks/results/generation.jsonl
 
-Of each file the last run is shown. The smaller figure is the better one everywhere.
+Shows the last run of each file. Smaller figures are better in all tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def last_run(path: Path) -> list[Row]:
-    """The rows of a file's last run. Raises ValueError if the file cannot be read or a line is no row."""
+    """The rows of a file's last run. Raises ValueError if the file cannot be read or a line is not a row."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -47,11 +47,11 @@ def last_run(path: Path) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """One run's tables, its surroundings in words, and where the dense model is ahead."""
+    """The tables of one run, after a description of its setup and before a sentence on where dense wins."""
     size = "length" if rows[0]["benchmark"] == "generation" else "batch"
     quantities = list(dict.fromkeys(row["quantity"] for row in rows))
     tables = [_table(quantity, [row for row in rows if row["quantity"] == quantity], size) for quantity in quantities]
-    return "\n\n".join([_surroundings(rows), *tables, _where_dense_wins(rows, size)])
+    return "\n\n".join([_setup(rows), *tables, _where_dense_wins(rows, size)])
 
 
 def _table(quantity: str, rows: list[Row], size: str) -> str:
@@ -72,7 +72,7 @@ def _table(quantity: str, rows: list[Row], size: str) -> str:
 
 
 def _cell(row: Row | None, best: float) -> str:
-    """A median, bold if it is the row's best, and its factor to the dense model."""
+    """A median, in bold if it is the best of its row, and its factor relative to the dense model."""
     if row is None:
         return "–"
     figure = _number(row["median"]) + ("\\*" if "note" in row else "")
@@ -80,7 +80,7 @@ def _cell(row: Row | None, best: float) -> str:
         figure = f"**{figure}**"
     if row["implementation"] == DENSE or not row["ratio_to_dense"]:
         return figure
-    # how many times as fast or small a prompt is read; how much of the dense model's time a training step takes
+    # training: our time divided by the dense model's; generation: the dense model's figure divided by ours
     factor = row["ratio_to_dense"] if row["benchmark"] == "training" else 1 / row["ratio_to_dense"]
     return f"{figure} ({_number(factor)}×)"
 
@@ -96,7 +96,8 @@ def _in_words(implementation: str) -> str:
     return f"{kind}, `{granularity}`" if granularity else kind
 
 
-def _surroundings(rows: list[Row]) -> str:
+def _setup(rows: list[Row]) -> str:
+    """Machine, versions, shape and spread of a run, and what the numbers in brackets mean."""
     machine, shape, versions = rows[0]["machine"], rows[0]["shape"], rows[0]["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     spread = max((row["max"] - row["min"]) / row["median"] for row in rows)
@@ -115,7 +116,7 @@ def _surroundings(rows: list[Row]) -> str:
 
 
 def _where_dense_wins(rows: list[Row], size: str) -> str:
-    """A sentence on the figures in which no landmark model beats the dense one."""
+    """A sentence that lists where the dense model is better than every landmark model."""
     found: dict[str, list[str]] = {}
     for dense in (row for row in rows if row["implementation"] == DENSE):
         place = (dense["quantity"], dense[size])
@@ -130,9 +131,9 @@ def _where_dense_wins(rows: list[Row], size: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the tables of the files named, or of all results."""
+    """Prints the tables of the named files, or of all results."""
     paths = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
-    # these print their own figures, which do not compare with a dense model
+    # these benchmarks print their own figures and have no dense model to compare with
     others = ("*.failed.jsonl", "kernels*.jsonl", "tokenisation*.jsonl")
     paths = paths or [path for path in sorted(RESULTS.glob("*.jsonl")) if not any(map(path.match, others))]
     if not paths:

@@ -1,13 +1,13 @@
-"""Tokens a second, from files to ids on the disk: `finetune` beside plain `datasets.map` with the same tokenizer.
+"""Tokens per second from files to ids on disk: `finetune` beside plain `datasets.map` with the same tokenizer.
 
     python benchmarks/tokenisation.py --tokenizer DIR --data FOLDER
     python benchmarks/tokenisation.py --tokenizer DIR --data FOLDER --megabytes 60 --processes 2 --repetitions 5
 
-Both read the same JSON lines (the rows of `--data`, repeated to `--megabytes`) and end with a data set of ids in an
-empty cache. The plain way is `load_dataset("json")` and a batched `map` in `--processes` processes. Implementations
-take turns, each measurement in a fresh process. Before that they must agree on every id.
+Both read the same JSON lines (the rows of `--data`, repeated up to `--megabytes`) and write a data set of ids to an
+empty cache. The plain way is `load_dataset("json")` and a batched `map` in `--processes` processes. Before any timing,
+both must agree on every id. Then they take turns, each measurement in a fresh process.
 """
-# ruff: noqa: E402  (the path is set before anything of transformers is imported)
+# ruff: noqa: E402  (the path must be set before transformers is imported)
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+# The repository root replaces this folder on the path. So the script runs from anywhere, and transformers does not take
+# the kernels.py here for the package `kernels`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -46,7 +47,7 @@ class Arguments:
     tokenizer: str = field(metadata={"help": "Tokenizer folder or hub name."})
     data: list[str] = field(metadata={"help": "Files or folders, as for finetune/run.py."})
     megabytes: int = field(default=60, metadata={"help": "Size of the JSON lines that are read."})
-    files: int = field(default=1, metadata={"help": "Files that they are spread over."})
+    files: int = field(default=1, metadata={"help": "Number of files that the lines are spread over."})
     processes: int = field(default=2, metadata={"help": "Processes of both implementations."})
     repetitions: int = field(default=5, metadata={"help": "Measurements of each implementation."})
     output: str = field(
@@ -61,7 +62,7 @@ class Arguments:
 
 
 def plain(tokenizer: str, files: list[str], processes: int, cache: str):
-    """The data set of ids that a few lines of `datasets` make, in `cache`."""
+    """Makes a data set of ids in `cache` with a few lines of `datasets`."""
     import datasets
 
     tokenizer = _loaded(tokenizer)
@@ -75,7 +76,7 @@ def plain(tokenizer: str, files: list[str], processes: int, cache: str):
 
 
 def ours(tokenizer: str, files: list[str], processes: int, cache: str):
-    """The data set of ids that `finetune` makes, in `cache`."""
+    """Makes a data set of ids in `cache` with the code of `finetune`."""
     import datasets
 
     from finetune.data.tokens import tokenised_subset
@@ -100,7 +101,7 @@ IMPLEMENTATIONS = {PLAIN: plain, OURS: ours}
 
 
 def measure(implementation: str, tokenizer: str, files: list[str], processes: int) -> tuple[int, float]:
-    """Tokens made, and the seconds from files to a data set of ids, with an empty cache."""
+    """The number of tokens, and the seconds from files to a data set of ids in an empty cache."""
     make = IMPLEMENTATIONS[implementation]
     with tempfile.TemporaryDirectory() as cache:
         watch = Stopwatch("cpu")
@@ -110,7 +111,7 @@ def measure(implementation: str, tokenizer: str, files: list[str], processes: in
 
 
 def check(tokenizer: str, files: list[str], processes: int) -> str | None:
-    """None, or a sentence on the first document whose ids differ."""
+    """None if both make the same ids, otherwise a sentence on the first difference."""
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         pair = plain(tokenizer, files, processes, first), ours(tokenizer, files, processes, second)
         if len(pair[0]) != len(pair[1]):
@@ -122,7 +123,7 @@ def check(tokenizer: str, files: list[str], processes: int) -> str | None:
 
 
 def write_data(args: Arguments, folder: Path) -> list[str]:
-    """The rows of `args.data`, again and again, as JSON lines of `args.megabytes` in all; returns the files."""
+    """Writes the rows of `args.data`, repeated up to `args.megabytes`, as JSON lines. Returns the files."""
     (subset,) = find_subsets(args.data, [])
     texts = [text for shard in subset.shards() for text, _ in read_shard(shard) if text]
     if not texts:
@@ -138,7 +139,7 @@ def write_data(args: Arguments, folder: Path) -> list[str]:
 
 
 def run(args: Arguments) -> ResultsFile:
-    """Checks that both make the same ids, then measures. Raises ValueError if there is nothing to read."""
+    """Checks that both make the same ids, then measures them. Raises ValueError if there is nothing to read."""
     common = {
         "benchmark": "tokenisation",
         "model": Path(args.tokenizer).name,
@@ -186,7 +187,7 @@ def _add_rows(results: ResultsFile, tokens: int, speeds: dict[str, list[float]])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0, or 1 if something could not be measured."""
+    """Runs the command. Returns 0, or 1 if something could not be measured."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     results = run(args)
     return results.report()

@@ -4,9 +4,9 @@
     python benchmarks/training.py --train_context_length 512 --batch_sizes 8 16 --repetitions 15
     python benchmarks/training.py --device cuda --dtype bfloat16 --output FILE
 
-Both models train on the same ordinary tokens: a whole window of the landmark model, landmarks included, and so somewhat
-fewer positions of the dense one. Steps alternate in one process. Rows go to `--output`, failures beside it, and
-`python benchmarks/table.py FILE` makes the table of a README of them.
+Both models train on the same ordinary tokens. With landmarks they fill the landmark model's window; the dense model has
+somewhat fewer positions. The models' steps alternate in one process. Rows go to `--output`, failures to a file beside
+it. `python benchmarks/table.py FILE` makes a Markdown table of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# run as a script, from any folder; in place of this one, whose kernels.py transformers would take for another package
+# The repository root replaces this folder on the path. So the script runs from anywhere, and transformers does not take
+# the kernels.py here for the package `kernels`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from tqdm import tqdm
@@ -39,7 +40,7 @@ from landmark_llama.tokenization import plain_length
 
 @dataclass
 class TrainedModelArguments(ModelArguments):
-    """Shape of both models; rows are as long as the window."""
+    """Shape of both models. Rows are as long as the window."""
 
     train_context_length: int = field(default=512, metadata={"help": "Landmarked positions of a window and of a row."})
 
@@ -49,7 +50,7 @@ class Arguments:
     """What is measured, and how often."""
 
     batch_sizes: list[int] = field(
-        default_factory=lambda: [8, 16], metadata={"help": "Rows of a batch, each measured."}
+        default_factory=lambda: [8, 16], metadata={"help": "Batch sizes to measure, in rows."}
     )
     repetitions: int = field(default=15, metadata={"help": "Steps measured per model."})
     warmup_steps: int = field(default=3, metadata={"help": "Steps per model before the clock starts."})
@@ -67,7 +68,7 @@ class Arguments:
 
 
 class Trainee:
-    """A model, its optimizer, and the seconds of its steps."""
+    """A model, its optimizer, and the durations of its steps in seconds."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.train()
@@ -83,7 +84,7 @@ class Trainee:
         return loss.detach()
 
     def timed_step(self, text: torch.Tensor) -> None:
-        """As `step`, and remembers the time. ValueError if the loss is not finite: its speed would mean nothing."""
+        """As `step`, and records the time. Raises ValueError if the loss is not finite."""
         watch = Stopwatch(str(text.device))
         loss = self.step(text)
         self.seconds.append(watch.lap())
@@ -94,7 +95,7 @@ class Trainee:
 def measure(
     model: ModelArguments, config: LandmarkLlamaConfig, tokens: int, batch: int, repetitions: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Seconds of each model's steps on the same `batch` rows of `tokens` ordinary tokens, in the present process."""
+    """Seconds of each model's steps, in this process. Both get the same `batch` rows of `tokens` ordinary tokens."""
     text = random_text(model, config, tokens, batch)
     trainees = {name: Trainee(load_model(model, config, name)) for name in (DENSE, LANDMARK)}
     for _ in range(warmup):
@@ -137,6 +138,7 @@ def run(model: ModelArguments, args: Arguments) -> ResultsFile:
 
 
 def _problem(model: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
+    """None if the attention is right, otherwise the reason why nothing is measured."""
     try:
         problem = isolated(check_attention, model, config, threads=model.threads)
     except MeasurementFailed as error:
@@ -163,7 +165,7 @@ def _add_rows(results: ResultsFile, length: int, tokens: int, batch: int, second
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0, or 1 if something could not be measured."""
+    """Runs the command. Returns 0, or 1 if something could not be measured."""
     model, args = HfArgumentParser((TrainedModelArguments, Arguments)).parse_args_into_dataclasses(argv)
     results = run(model, args)
     return results.report()

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from eval_passkey.task import InputError
+from eval_passkey.prompts import InputError
 from finetune.data.reading import SUFFIXES, format_by_content, format_by_name, read_file
 
 

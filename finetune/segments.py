@@ -34,7 +34,7 @@ class Segments:
     @classmethod
     def of(cls, config: LandmarkLlamaConfig, number: int) -> "Segments":
         settings = config.segment_retrieval()
-        return cls(number, settings.num_direct_blocks, config.block_size, settings.num_retrieved_blocks)
+        return cls(number, settings.chunk_blocks, config.block_size, settings.num_retrieved_blocks)
 
     @property
     def positions(self) -> int:

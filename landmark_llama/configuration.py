@@ -1,10 +1,13 @@
-"""LandmarkLlamaConfig: LLaMA's configuration and what landmark attention adds, validated."""
+"""LandmarkLlamaConfig: LLaMA's configuration plus the fields of landmark attention, validated."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from os import PathLike
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import LlamaConfig
+
+from landmark_llama.hub import InstalledClass, auto_map, write_loader
 
 LocalAttention = Literal["sliding", "chunked"]
 RetrievalGranularity = Literal["token_and_head", "head", "token"]
@@ -13,9 +16,10 @@ RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attenti
 
 
 class RetrievalSettings(NamedTuple):
-    """How a model reads what lies outside its window; checked against the window by `LandmarkLlamaConfig.retrieval`.
+    """How a model reads texts longer than its window. Made and checked by `LandmarkLlamaConfig.retrieval`.
 
-    `num_direct_blocks`: blocks before the own one that are read directly (`sliding`), or blocks of a chunk (`chunked`).
+    num_retrieved_blocks: blocks that a query retrieves.
+    num_direct_blocks: blocks before its own that a query reads directly; in chunked attention, at most so many.
     """
 
     num_retrieved_blocks: int
@@ -23,33 +27,46 @@ class RetrievalSettings(NamedTuple):
     local_attention: LocalAttention
     granularity: RetrievalGranularity
 
+    @property
+    def chunked(self) -> bool:
+        """Whether a call is cut into chunks, each of which reads its own blocks directly."""
+        return self.local_attention == "chunked"
 
-class LandmarkLlamaConfig(LlamaConfig):
-    """Configuration of a landmark LLaMA.
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks of a chunk in chunked attention: the last one reads all others directly."""
+        return self.num_direct_blocks + 1
 
-    Beside LLaMA's own fields:
 
-    landmark_token_id: id of the landmark token (None only until a tokenizer has been given one).
-    block_size: positions of a block, its landmark included (the paper's `mem_freq` + 1).
-    train_context_length: landmarked positions that the model was trained on; no position ever leaves this range.
-        By default `max_position_embeddings`.
-    num_retrieved_blocks: k, blocks that each query fetches from further back.
-    num_local_blocks: blocks read directly before a query's own block (`"sliding"` only); by default as many as fit.
-        Fewer bring what is retrieved nearer (`docs/positions.md`).
+class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
+    """Configuration of a landmark LLaMA: LLaMA's fields and the following.
+
+    landmark_token_id: id of the landmark token. None only until a tokenizer has one.
+    block_size: positions in a block, its landmark included (the paper's `mem_freq` + 1).
+    train_context_length: positions that the model was trained on, landmarks included. Rotary positions never leave this
+        range, however long the text. By default `max_position_embeddings`.
+    num_retrieved_blocks: k, the number of blocks that each query retrieves.
+    num_local_blocks: blocks read directly before a query's own block (`"sliding"` only). By default as many as fit.
+        With fewer, retrieved blocks stand at a shorter distance (`docs/positions.md`).
     local_attention: `"sliding"`, or `"chunked"` for the paper's protocol.
-    retrieval_granularity: who shares a choice of blocks: nobody (`"token_and_head"`), the queries of a block
-        (`"head"`), or the heads of a token (`"token"`).
-    train_retrieved_blocks: if given, a query of a call that is attended to as a whole, as in training, sees no more
-        than so many of its earlier blocks, those whose landmarks it scores highest, beside its local ones (`"sliding"`
-        only): what it will have while reading long texts. By default it sees them all. In training through a cache,
-        how many blocks of earlier calls it retrieves, in place of `num_retrieved_blocks`.
-    predict_from_landmark: whether the landmark of a block, rather than its last ordinary token, predicts what follows.
+    retrieval_granularity: what each choice of blocks is made for: a token and head (`"token_and_head"`), a head, shared
+        by the queries of a block (`"head"`), or a token, shared by its heads (`"token"`).
+    train_retrieved_blocks: if set, a training query sees its local blocks and only the so many best of its earlier
+        blocks (`"sliding"` only). None: it sees them all. When training through a cache, it replaces
+        `num_retrieved_blocks`.
+    num_padded_tokens: rows at the end of both embeddings that belong to no token: they round the vocabulary up to a
+        multiple of 64, say. They are never predicted.
+    predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
+        token does.
 
     Raises:
-        ValueError: naming the field, its value and the remedy, if the window cannot hold what the settings ask for.
+        ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.
     """
 
     model_type = "landmark_llama"
+    # Tools that cut prompts, as lm-eval does, look for a limit here before they take `max_position_embeddings` for one.
+    # There is none; a trillion is safe as a machine integer, and a batch as wide as that is refused at once.
+    n_positions: ClassVar[int] = 2**40
 
     landmark_token_id: int | None = None
     block_size: int = 64
@@ -60,6 +77,7 @@ class LandmarkLlamaConfig(LlamaConfig):
     retrieval_granularity: str = "token_and_head"
     train_retrieved_blocks: int | None = None
     predict_from_landmark: bool = False
+    num_padded_tokens: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.train_context_length is None:
@@ -68,6 +86,12 @@ class LandmarkLlamaConfig(LlamaConfig):
         self._check_tokens()
         self.check()
 
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with what lets the Auto classes load the folder where the package was not imported."""
+        self.auto_map = auto_map(getattr(self, "auto_map", None))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_loader(save_directory)
+
     def retrieval(
         self,
         num_retrieved_blocks: int | None = None,
@@ -75,7 +99,7 @@ class LandmarkLlamaConfig(LlamaConfig):
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
     ) -> RetrievalSettings:
-        """The retrieval settings, those given here in place of the configuration's own, checked against the window."""
+        """The retrieval settings, checked against the window. Arguments override the configuration's fields."""
         retrieved = self.num_retrieved_blocks if num_retrieved_blocks is None else num_retrieved_blocks
         local = self.num_local_blocks if num_local_blocks is None else num_local_blocks
         attention = _one_of("local_attention", local_attention or self.local_attention, LocalAttention)
@@ -86,7 +110,7 @@ class LandmarkLlamaConfig(LlamaConfig):
             raise ValueError(f"num_retrieved_blocks={retrieved}: must not be negative")
         if local is not None and local < 0:
             raise ValueError(f"num_local_blocks={local}: must not be negative")
-        # the prefix has one slot more than blocks are retrieved; then come the direct blocks and the own one
+        # a window holds the prefix (one slot more than retrieved blocks), the direct blocks and the own block
         room = self.train_context_length // self.block_size - (retrieved + 1) - 1
         needed = 0 if local is None or attention == "chunked" else local
         if room < needed:
@@ -94,24 +118,21 @@ class LandmarkLlamaConfig(LlamaConfig):
                 f"num_retrieved_blocks={retrieved}, num_local_blocks={local}: a window of {retrieved} + 1 prefix "
                 f"blocks, {needed} direct ones and the own one takes {(retrieved + needed + 2) * self.block_size} "
                 f"positions of train_context_length={self.train_context_length} (block_size={self.block_size}): "
-                "retrieve or keep fewer blocks, or use smaller ones"
+                "retrieve fewer blocks, read fewer directly, or use smaller blocks"
             )
-        if attention == "chunked":
-            direct = room + 1
-        else:
-            direct = room if local is None else local
+        direct = room if local is None or attention == "chunked" else local
         return RetrievalSettings(retrieved, direct, attention, granularity)
 
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
-        """How a segment of a longer text is trained on: as in chunked reading, and no choice of blocks is shared.
+        """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
 
-        It retrieves as many blocks as are given here, else `train_retrieved_blocks`, else `num_retrieved_blocks`.
+        The number of retrieved blocks is the argument, else `train_retrieved_blocks`, else `num_retrieved_blocks`.
         """
         retrieved = self.train_retrieved_blocks if num_retrieved_blocks is None else num_retrieved_blocks
         return self.retrieval(retrieved, None, "chunked", "token_and_head")
 
     def check(self) -> None:
-        """Raises ValueError if the settings, which may have been changed since, do not fit each other."""
+        """Raises ValueError if the settings do not fit each other. Call it again after changing a field."""
         self.retrieval()
         if self.train_retrieved_blocks is None:
             return
@@ -125,15 +146,28 @@ class LandmarkLlamaConfig(LlamaConfig):
                 f"{self.local_attention!r}, which reads all blocks of a call that fits the window"
             )
 
+    def check_model(self) -> None:
+        """Raises ValueError if no model can be made of this configuration."""
+        if self.landmark_token_id is None:
+            raise ValueError(
+                "landmark_token_id=None: this checkpoint has no landmark token; "
+                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+            )
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout={self.attention_dropout}: landmark attention has no dropout, set 0")
+
     def _check_tokens(self) -> None:
         if self.block_size < 2:
             raise ValueError(
                 f"block_size={self.block_size}: a block needs at least one ordinary token and its landmark (>= 2)"
             )
-        if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < self.vocab_size:
+        if not 0 <= self.num_padded_tokens < self.vocab_size:
             raise ValueError(
-                f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {self.vocab_size} tokens"
+                f"num_padded_tokens={self.num_padded_tokens}: must be from 0 to less than vocab_size={self.vocab_size}"
             )
+        tokens = self.vocab_size - self.num_padded_tokens
+        if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < tokens:
+            raise ValueError(f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {tokens} tokens")
 
 
 def _one_of(name: str, value: str, literal: Any) -> Any:

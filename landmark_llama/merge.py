@@ -1,11 +1,11 @@
-"""Folds an adapter into its base: a whole landmark checkpoint, with its tokenizer.
+"""Merges an adapter into its base model and writes a whole landmark checkpoint with its tokenizer. Needs no peft.
 
     python -m landmark_llama.merge ADAPTER OUT
     python -m landmark_llama.merge ADAPTER OUT --base meta-llama/Llama-2-7b-hf --max_shard_size 4GB
 
-The base is read tensor by tensor, the adapter's change is added in fp32 and rounded once to the base's own dtype, and
-shards are written one after another: memory holds a shard (twice while it is written) and a few copies of the largest
-tensor, never the model. Needs no peft.
+The adapter's change is added in fp32 and rounded once, to the base's dtype. Tensors are read one at a time and shards
+written one at a time. So memory never holds the whole model: only one shard (twice while it is written) and a few
+copies of the largest tensor.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from landmark_llama.checkpoints.files import (
 from landmark_llama.configuration import LandmarkLlamaConfig
 
 PREFIX = "base_model.model."
-# Fields of adapter_config.json that change what an adapter computes, beside those that are understood here.
-OTHER_METHODS = (
+# Fields of adapter_config.json that change what an adapter computes and that this file does not implement.
+UNSUPPORTED_FIELDS = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
     "layer_replication", "modules_to_save", "target_parameters", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "velora_config", "monteclora_config",
@@ -50,17 +50,17 @@ def merge_adapter(
     base: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "2GB",
 ) -> None:
-    """Writes the landmark checkpoint that `base` with the adapter in `folder` is.
+    """Merges the adapter in `folder` into `base` and writes the result to `output`.
 
     Args:
         folder: the adapter, a local folder or a hub id.
-        output: a folder that does not exist yet, or is empty; it appears when everything in it is written.
-        base: what the adapter was trained on (a folder or a hub id); by default what the adapter names.
-        max_shard_size: of the files of weights: bytes, or a text such as "2GB".
+        output: a new or empty folder. It appears only when everything in it is written.
+        base: the model that the adapter was trained on (a folder or a hub id); by default the one that it names.
+        max_shard_size: largest weight file: bytes, or a text such as "2GB".
 
     Raises:
         OSError: a file is missing or damaged.
-        ValueError: the adapter does not belong to the base, or is of a kind that cannot be merged here; or `output` is
+        ValueError: the adapter does not belong to the base or uses a method that is not supported here, or `output` is
             not empty.
     """
     adapter = Adapter.read(folder)
@@ -72,16 +72,16 @@ def merge_adapter(
     base_config = _full_precision_config(base, weights.folder)
     adapter.check_base(base_config, base)
     is_vanilla = not isinstance(base_config, LandmarkLlamaConfig)
-    planned = _plan(adapter, weights)
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as adapted:
-        change = _changes(adapter, is_vanilla, adapted, set(planned))
+    meta = _merged_meta(adapter, weights)
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as adapter_weights:
+        merged = _merger(adapter, is_vanilla, adapter_weights, set(meta))
         with staged(output) as staging:
-            write_weights(staging, planned, lambda name: change(name, weights.read(name)), max_shard_size)
+            write_weights(staging, meta, lambda name: merged(name, weights.read(name)), max_shard_size)
             tokenizer.save_pretrained(staging)
             copy_files(weights.folder, staging, (GENERATION_CONFIG,))
             config = adapter.config
             config.architectures, config.use_cache = ["LandmarkLlamaForCausalLM"], True
-            config.dtype = planned[INPUT_ROWS].dtype
+            config.dtype = meta[INPUT_ROWS].dtype
             config.save_pretrained(staging)
 
 
@@ -92,73 +92,91 @@ def _full_precision_config(base: str | os.PathLike[str], folder: Path) -> LlamaC
     return config
 
 
-def _plan(adapter: Adapter, base: Checkpoint) -> dict[str, Tensor]:
-    """A tensor without memory for each that will be written, of its shape and dtype."""
-    planned = {}
+def _merged_meta(adapter: Adapter, base: Checkpoint) -> dict[str, Tensor]:
+    """A meta tensor for each weight of the merged model: the base's, with the adapter's vocabulary size."""
+    meta = {}
     for name in base.names():
         if name == OUTPUT_ROWS and adapter.config.tie_word_embeddings:
             continue
-        like = base.shapes[name]
-        rows = adapter.config.vocab_size if name in (INPUT_ROWS, OUTPUT_ROWS) else len(like)
-        planned[name] = like.new_empty(rows, *like.shape[1:])
-    if INPUT_ROWS not in planned:
-        raise OSError(f"{base.folder}: its files of weights hold no {INPUT_ROWS}: not the weights of a LLaMA")
-    return planned
+        weight = base.meta[name]
+        rows = adapter.config.vocab_size if name in (INPUT_ROWS, OUTPUT_ROWS) else len(weight)
+        meta[name] = weight.new_empty(rows, *weight.shape[1:])
+    if INPUT_ROWS not in meta:
+        raise OSError(f"{base.folder}: its weight files hold no {INPUT_ROWS}, so they are not the weights of a LLaMA")
+    return meta
 
 
-def _changes(
-    adapter: Adapter, is_vanilla: bool, weights: safe_open, names: set[str]
-) -> Callable[[str, Tensor], Tensor]:
-    """A function from a base tensor and its name to the merged tensor.
+def _merger(adapter: Adapter, is_vanilla: bool, weights: safe_open, names: set[str]) -> Callable[[str, Tensor], Tensor]:
+    """Returns a function that takes a base tensor and its name and returns the merged tensor.
 
-    is_vanilla: the base has no landmark yet, which then gets the rows that `from_llama` gives it.
-    weights: the adapter's opened file.
-    names: of the base's tensors, among which the adapter's targets have to be.
+    Args:
+        is_vanilla: the base has no landmark yet; it then gets the same rows as from `from_llama`.
+        weights: the adapter's weight file, opened.
+        names: the base's tensors. Every target of the adapter must be one of them.
     """
     peft = adapter.peft
-    others = [field for field in OTHER_METHODS if peft.get(field)]
-    others += ["bias"] * (peft.get("bias", "none") != "none")
-    others += ["init_lora_weights"] * (peft.get("init_lora_weights", True) not in (True, False, "gaussian"))
-    if peft.get("peft_type") != "LORA" or others:
-        what = f"{others[0]}={peft[others[0]]!r}" if others else f"peft_type={peft.get('peft_type')!r}"
-        raise ValueError(f"{adapter.folder}: {what} cannot be merged here; merge it with peft's merge_and_unload")
-    targets = {name.removeprefix(PREFIX).partition(".lora_")[0] + ".weight" for name in adapter.names - {LANDMARK_ROW}}
-    complete = {f"{PREFIX}{target.removesuffix('.weight')}.lora_{x}.weight" for target in targets for x in "AB"}
-    strange = (adapter.names - {LANDMARK_ROW}) ^ complete
-    strange |= targets - names
-    if strange:
-        raise ValueError(
-            f"{adapter.folder}: {min(strange)} is no pair of LoRA matrices of a weight of the base: the adapter is "
-            "damaged, or was trained on another model"
-        )
+    _refuse_unsupported(adapter)
+    targets = _lora_targets(adapter, names)
     rank = peft["r"]
     scale = peft["lora_alpha"] / (rank**0.5 if peft.get("use_rslora") else rank)
-    vocab_size, landmark = adapter.config.vocab_size, adapter.config.landmark_token_id
+    vocab_size, landmark_id = adapter.config.vocab_size, adapter.config.landmark_token_id
 
-    def change(name: str, weight: Tensor) -> Tensor:
+    def merged(name: str, weight: Tensor) -> Tensor:
         if name in (INPUT_ROWS, OUTPUT_ROWS):
             if is_vanilla:
-                row = mean_of_other_rows(weight, landmark)
+                row = mean_of_other_rows(weight, landmark_id)
                 weight = torch.cat([weight, row.expand(vocab_size - len(weight), -1)])
-                weight[landmark] = row
+                weight[landmark_id] = row
             if name == INPUT_ROWS:
-                weight[landmark] = weights.get_tensor(LANDMARK_ROW)[0].to(weight.dtype)
+                weight[landmark_id] = weights.get_tensor(LANDMARK_ROW)[0].to(weight.dtype)
         if name in targets:
             module = PREFIX + name.removesuffix(".weight")
             a, b = (weights.get_tensor(f"{module}.lora_{x}.weight").float() for x in "AB")
             weight = weight.float().addmm_(b, a, alpha=scale).to(weight.dtype)
         return weight
 
-    return change
+    return merged
+
+
+def _refuse_unsupported(adapter: Adapter) -> None:
+    """Raises ValueError unless the adapter is plain LoRA, which is all that can be merged here."""
+    peft = adapter.peft
+    unsupported = [field for field in UNSUPPORTED_FIELDS if peft.get(field)]
+    if peft.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if peft.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        unsupported.append("init_lora_weights")
+    if peft.get("peft_type") != "LORA" or unsupported:
+        field = unsupported[0] if unsupported else "peft_type"
+        raise ValueError(
+            f"{adapter.folder}: {field}={peft.get(field)!r} cannot be merged here; merge it with peft's "
+            "merge_and_unload"
+        )
+
+
+def _lora_targets(adapter: Adapter, names: set[str]) -> set[str]:
+    """Names of the base's weights that the adapter changes. Raises ValueError unless each has both LoRA matrices."""
+    matrices = adapter.names - {LANDMARK_ROW}
+    targets = {name.removeprefix(PREFIX).partition(".lora_")[0] + ".weight" for name in matrices}
+    expected = {f"{PREFIX}{target.removesuffix('.weight')}.lora_{x}.weight" for target in targets for x in "AB"}
+    unpaired_or_unknown = (matrices ^ expected) | (targets - names)
+    if unpaired_or_unknown:
+        raise ValueError(
+            f"{adapter.folder}: {min(unpaired_or_unknown)} belongs to no pair of LoRA matrices of a weight "
+            "of the base: the adapter is damaged, or was trained on another model"
+        )
+    return targets
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="landmark_llama.merge", description="Folds an adapter into its base.")
+    parser = argparse.ArgumentParser(prog="landmark_llama.merge", description="Merges an adapter into its base model.")
     parser.add_argument("adapter", help="the adapter: a folder or a hub id")
-    parser.add_argument("output", help="the folder for the whole model; must not exist, or be empty")
-    parser.add_argument("--base", help="what the adapter was trained on, if it has moved: a folder or a hub id")
-    parser.add_argument("--max_shard_size", default="2GB", help="of the files of weights (default: 2GB)")
+    parser.add_argument("output", help="the folder for the merged model; must be new or empty")
+    parser.add_argument(
+        "--base", help="the model that the adapter was trained on, if it has moved: a folder or a hub id"
+    )
+    parser.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: 2GB)")
     args = parser.parse_args(argv)
     try:
         merge_adapter(args.adapter, args.output, args.base, args.max_shard_size)

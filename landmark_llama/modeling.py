@@ -1,107 +1,70 @@
 """The landmark LLaMA: what differs from transformers' LLaMA.
 
-Two ways through the model. A call without a cache whose rows fit `train_context_length` attends to all of its
-blocks, as in training; in training, one with a cache does so, too, and retrieves from what earlier calls read
-(`reading/segments.py`). Everything else is streamed: in chunks of whole blocks through a `LandmarkCache`, each
-query reading a table of blocks (`reading/table.py`). Users see plain coordinates in both: landmarks go in
-and out of the text in here.
+A call is attended to through one *view*, chosen in `LandmarkLlamaModel.forward`. A view has one method, `attend`, which
+takes a layer's queries, keys and values, not rotated, and returns its attention output:
+
+    WholeRows      no cache, rows that fit the window: each row attends to all of itself, as in training
+    Documents      the same for rows that hold several documents
+    Segment        training with a cache: the call is one segment of a longer text
+    Table          reading through a cache: one chunk of a call, whose queries read a table of blocks
+    DecodingStep   the same for one new token a row, on a CPU
+
+Callers see plain coordinates: landmarks enter and leave the text in here.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaForCausalLM, LlamaModel, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import MaxLengthCriteria, SuppressTokensLogitsProcessor
+from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
 
-from landmark_llama.attention import landmark_attention
+from landmark_llama.attention import WholeRows
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.checkpoints.conversion import checked_load, convert_llama
-from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
+from landmark_llama.attention.view import View
+from landmark_llama.checkpoints.conversion import FromLlamaMixin
+from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
+from landmark_llama.generation import LandmarkGenerationMixin
+from landmark_llama.hub import InstalledClass
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.groups import QueryGroups, cut_into_chunks
-from landmark_llama.reading.segments import Segment
-from landmark_llama.reading.table import attend_through_table, keep_freed_memory
-from landmark_llama.rows.checks import check_inputs, check_segment, check_streaming
-from landmark_llama.rows.documents import Documents, find_documents
-from landmark_llama.rows.layout import Layout, compact, find_landmarks, lay_out
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from landmark_llama.reading.decoding import DecodingStep
+from landmark_llama.reading.segments import Segment, check_segment
+from landmark_llama.reading.streaming import StreamingMixin
+from landmark_llama.rows.checks import check_inputs, check_streaming, warn_of_frozen_landmark
+from landmark_llama.rows.documents import Documents, packed_positions
+from landmark_llama.rows.layout import Rows, compact
 
 
 class LandmarkLlamaAttention(LlamaAttention):
-    """LLaMA's projections around landmark attention."""
+    """LLaMA's projections around the attention of a view."""
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: None = None,
-        attention_mask: None = None,
-        past_key_values: LandmarkCache | None = None,
         *,
+        view: View,
         rotary: RotaryTable,
-        settings: RetrievalSettings,
-        documents: Documents | None = None,
-        segment: Segment | None = None,
-        groups: QueryGroups | None = None,
-        remember_only: bool = False,
-        position_ids: None = None,
-        use_cache: None = None,
+        fill_cache_only: bool = False,
+        **unused: None,
     ) -> tuple[Tensor | None, None]:
-        """`hidden_states` (batch, columns, hidden_size) to the same; streamed through `past_key_values` if given.
+        """`hidden_states` (batch, columns, hidden_size) to the same.
 
-        LLaMA's own mask and position arguments stay None: `rotary` holds all positions, rows are left-aligned, or hold
-        `documents`, or are a `segment` of their texts. With `remember_only`, keys and values go to the cache and there
-        is no output.
+        With `fill_cache_only` keys and values go to the cache, and there is no output. LLaMA's own mask, positions and
+        cache stay None: the view knows them.
         """
-        batch, columns = hidden_states.shape[:2]
-        shape = (batch, columns, -1, self.head_dim)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
         key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
-        query = None if remember_only else self.q_proj(hidden_states).view(shape)
-        block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
-        if segment is not None:
-            output = segment.attend(query, key, value, layer_idx=self.layer_idx, rotary=rotary, scale=scale)
-        elif past_key_values is None:
-            if documents is None:
-                attend, position = landmark_attention, torch.arange(columns, device=query.device)
-            else:
-                attend, position = documents.attend, documents.position
-            position = position.unsqueeze(-1)
-            output = attend(
-                rotary.rotate(query, position).transpose(1, 2),
-                rotary.rotate(key, position).transpose(1, 2),
-                value.transpose(1, 2),
-                block_size=block_size,
-                scale=scale,
-                num_retrieved_blocks=self.config.train_retrieved_blocks,
-                num_direct_blocks=settings.num_direct_blocks,
-            ).transpose(1, 2)
-        else:
-            position = groups.start.unsqueeze(1) + torch.arange(columns, device=key.device)
-            key = rotary.rotate(key, (position % block_size).unsqueeze(-1))
-            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start, groups.stop)
-            if remember_only:
-                return None, None
-            output = attend_through_table(
-                query.unflatten(2, (key.shape[2], -1)),
-                storage,
-                groups,
-                num_retrieved_blocks=settings.num_retrieved_blocks,
-                granularity=settings.granularity,
-                block_size=block_size,
-                rotary=rotary,
-                scale=scale,
-                landmarks_tie=self.layer_idx == 0,
-            )
-        return self.o_proj(output.reshape(batch, columns, -1)), None
+        if fill_cache_only:
+            view.fill_cache_only(key, value, layer_idx=self.layer_idx, rotary=rotary)
+            return None, None
+        query = self.q_proj(hidden_states).view(shape)
+        scale = self.scaling * rotary.scaling**2
+        output = view.attend(query, key, value, layer_idx=self.layer_idx, rotary=rotary, scale=scale)
+        return self.o_proj(output.flatten(2)), None
 
 
 class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
@@ -111,33 +74,28 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = LandmarkLlamaAttention(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, *, remember_only: bool = False, **attention: Any) -> Tensor | None:
-        """As LLaMA's; with `remember_only` it fills the cache and returns None, where nobody reads its output."""
-        if not remember_only:
+    def forward(self, hidden_states: Tensor, *, fill_cache_only: bool = False, **attention: Any) -> Tensor | None:
+        """As LLaMA's; with `fill_cache_only` it returns None, for a last layer whose output nobody reads."""
+        if not fill_cache_only:
             return super().forward(hidden_states, **attention)
-        self.self_attn(self.input_layernorm(hidden_states), remember_only=True, **attention)
+        self.self_attn(self.input_layernorm(hidden_states), fill_cache_only=True, **attention)
         return None
 
 
-class LandmarkLlamaModel(LlamaModel):
+class LandmarkLlamaModel(InstalledClass, StreamingMixin, LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
 
     config_class = LandmarkLlamaConfig
     _no_split_modules = ["LandmarkLlamaDecoderLayer"]
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
-        if config.landmark_token_id is None:
-            raise ValueError(
-                "landmark_token_id=None: this checkpoint has no landmark token; "
-                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
-            )
-        if config.attention_dropout:
-            raise ValueError(f"attention_dropout={config.attention_dropout}: landmark attention has no dropout, set 0")
+        config.check_model()
         super().__init__(config)
         for layer_idx in range(config.num_hidden_layers):
             self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
+        self._landmark_row_checked = False
 
     def forward(
         self,
@@ -155,129 +113,98 @@ class LandmarkLlamaModel(LlamaModel):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
-        given = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
-        settings = self.config.retrieval(*given)
-        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
-        content = input_ids if input_ids is not None else inputs_embeds
-        batch, length = content.shape[:2]
-        if past_key_values is None and use_cache:
-            past_key_values = LandmarkCache(self.config)
-        before = (
-            torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.ordinary_tokens(batch)
-        )
+        if output_attentions:
+            raise ValueError("output_attentions=True: attention weights are never formed whole and cannot be returned")
+        cache = LandmarkCache(self.config) if past_key_values is None and use_cache else past_key_values
+        _check_cache(cache)
+        content = check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
+        if cu_seq_lens_q is not None or seq_idx is not None:
+            position_ids = packed_positions(content.shape[:2], position_ids, cu_seq_lens_q, seq_idx)
+        if self.training and not self._landmark_row_checked:
+            self._landmark_row_checked = True
+            warn_of_frozen_landmark(self)
+        retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
+        if not (self.training or output_hidden_states or self._records_steps(cache)):
+            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval)
+            if step is not None:
+                last = self._decode(content, step, logits_to_keep)
+                return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
-        if attention_mask is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=content.device)
+        before = None if cache is None else cache.ordinary_tokens(len(content))
+        rows = Rows.of(self.config, content, attention_mask, position_ids, before)
+        output, hidden_states = _keep(rows.layout.output, logits_to_keep), None
+        view = self._view_of_all(rows, cache, retrieval)
+        if view is not None:
+            last, hidden_states = self._attend_to_all(rows, view, output, bool(output_hidden_states))
         else:
-            real = attention_mask[:, attention_mask.shape[1] - length :].to(content.device, torch.bool)
-        begins = None
-        if position_ids is not None:
-            begins = find_documents(position_ids, real, before, cached=past_key_values is not None)
-        block_size, landmark = self.config.block_size, None
-        if input_ids is not None:
-            special = self.config.landmark_token_id
-            landmark = find_landmarks(input_ids, real, before, begins, block_size=block_size, landmark_token_id=special)
-        if landmark is not None:
-            real = real & ~landmark
-        layout = lay_out(
-            real,
-            None if landmark is None else ~landmark,
-            before,
-            begins,
-            block_size=block_size,
-            predict_from_landmark=self.config.predict_from_landmark,
-        )
-        output = _keep(layout.output, logits_to_keep)
-        rotary = self._rotary_table(content.device)
-        hidden_states, documents = None, None
-        if begins is not None:
-            columns, longest = layout.source.shape[1], self.config.train_context_length
-            documents = Documents.of(begins, real, columns, block_size=block_size, longest=longest)
-        segment = None
-        if self.training and past_key_values is not None:
-            settings = check_segment(self.config, layout, *given)
-            segment = Segment.of(layout, past_key_values, settings.num_retrieved_blocks)
-        fits = past_key_values is None and int(layout.length.max()) <= self.config.train_context_length
-        if fits or documents is not None or segment is not None:
-            how = {"rotary": rotary, "documents": documents, "segment": segment, "settings": settings}
-            states, hidden_states = self._attend_to_all(content, layout, bool(output_hidden_states), **how)
-            if segment is not None:
-                past_key_values.advance(real)
-            last = _take(states, output)
-            if hidden_states is not None:
-                hidden_states = tuple(_take(x, output) for x in hidden_states)
-        else:
-            check_streaming(
-                self.config,
-                int(layout.length.max()),
-                training=self.training,
-                output_hidden_states=output_hidden_states,
-            )
-            cache = LandmarkCache(self.config) if past_key_values is None else past_key_values
-            last = self._stream(content, layout, output, rotary, cache, settings)
-            cache.advance(real)
-        return BaseModelOutputWithPast(
-            last_hidden_state=last, past_key_values=past_key_values, hidden_states=hidden_states
-        )
+            longest = int(rows.layout.length.max())
+            check_streaming(self.config, longest, training=self.training, output_hidden_states=output_hidden_states)
+            through = LandmarkCache(self.config) if cache is None else cache
+            last = self._stream(rows, output, through, self.config.retrieval(*retrieval))
+        if cache is not None:
+            cache.advance(rows.real)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=hidden_states)
+
+    def _view_of_all(self, rows: Rows, cache: LandmarkCache | None, retrieval: tuple) -> View | None:
+        """The view of a call that goes through the layers as a whole; None for one that is streamed."""
+        config, layout = self.config, rows.layout
+        if self.training and cache is not None:
+            settings = check_segment(config, layout, *retrieval)
+            return Segment.of(layout, cache, settings.num_retrieved_blocks)
+        direct = 0
+        if config.train_retrieved_blocks is not None or any(x is not None for x in retrieval):
+            direct = config.retrieval(*retrieval).num_direct_blocks
+        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct)
+        longest = config.train_context_length
+        if rows.begins is not None:
+            return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)
+        return whole if cache is None and int(layout.length.max()) <= longest else None
 
     def _attend_to_all(
-        self, content: Tensor, layout: Layout, keep_hidden_states: bool, **attention: Any
+        self, rows: Rows, view: View, output: Tensor, keep_hidden_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """States (batch, columns, hidden_size) of a call that is attended to as a whole."""
-        states = self._embed(content, layout.source)
+        """States of the landmarked columns `output` (batch, outputs), and of all layers if asked for."""
+        states, rotary = self._embed(rows.content, rows.layout.source), self._rotary_table(rows.content.device)
         hidden_states = [states]
         for layer in self.layers:
-            states = layer(states, **attention)
+            states = layer(states, view=view, rotary=rotary)
             if keep_hidden_states:
                 hidden_states.append(states)
-        states = self.norm(states)
+        last = _take(self.norm(states), output)
+        if not keep_hidden_states:
+            return last, None
         # as in transformers, the last of the hidden states is the normalised one
-        return states, (*hidden_states[:-1], states) if keep_hidden_states else None
+        return last, (*(_take(x, output) for x in hidden_states[:-1]), last)
+
+    def _records_steps(self, cache: LandmarkCache | None) -> bool:
+        """Whether decoding steps are recorded as CUDA graphs: as chunks of a stream."""
+        weight = self.embed_tokens.weight
+        table = self._rotary_table(weight.device)
+        return (
+            cache is not None
+            and cache.graphs is not None
+            and cache.graphs.can_record(cache.storages, weight.dtype, table)
+        )
 
     @torch.no_grad()
-    def _stream(
-        self,
-        content: Tensor,
-        layout: Layout,
-        output: Tensor,
-        rotary: RotaryTable,
-        cache: LandmarkCache,
-        settings: RetrievalSettings,
-    ) -> Tensor:
-        """States (batch, outputs, hidden_size) of the landmarked columns `output` (batch, outputs), through `cache`."""
-        kept = torch.zeros(*output.shape, self.config.hidden_size, dtype=self.norm.weight.dtype, device=content.device)
-        cache.expect(int((layout.start + layout.length).max()))
-        if content.device.type == "cpu":
-            keep_freed_memory()
-        for chunk in cut_into_chunks(layout, settings, self.config):
-            groups = chunk.groups.to(content.device)
-            begin = chunk.begin.to(content.device).unsqueeze(1)
-            column = begin + torch.arange(groups.slot.shape[1], device=content.device)
-            states = self._embed(content, layout.source.gather(1, column.clamp_max(layout.source.shape[1] - 1)))
-            local = output - begin
-            row, place = ((local >= 0) & (local < chunk.length.to(content.device).unsqueeze(1))).nonzero(as_tuple=True)
-            through = {"past_key_values": cache, "rotary": rotary, "settings": settings}
-            if cache.graphs is None or not len(row):
-                # the last layer's output is read where it is kept, its keys and values in all later calls
-                states = self._through_layers(states, groups, remember_only=not len(row), **through)
-            else:
-                storages = [layer.storage for layer in cache.layers]
-                layers = partial(self._through_layers, **through)
-                states = cache.graphs.run(layers, states, groups, storages=storages, settings=settings, rotary=rotary)
-            if len(row):
-                kept[row, place] = self.norm(states[row, local[row, place]])
-        return kept
+    def _decode(self, content: Tensor, step: DecodingStep, logits_to_keep: int | Tensor) -> Tensor:
+        """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
+        states = self._through_layers(self._embed(content, step.source), step, self._rotary_table(content.device))
+        step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
+        return self.norm(_take(states, _keep(step.output, logits_to_keep)))
 
     def _through_layers(
-        self, states: Tensor, groups: QueryGroups, *, remember_only: bool = False, **through: Any
+        self, states: Tensor, view: View, rotary: RotaryTable, *, fill_cache_only: bool = False
     ) -> Tensor | None:
-        """States (batch, columns, hidden_size) of a chunk, streamed; None, and no last output, with `remember_only`."""
+        """States (batch, columns, hidden_size) after all layers; None if the last layer only fills the cache."""
         *layers, last = self.layers
         for layer in layers:
-            states = layer(states, groups=groups, **through)
-        return last(states, groups=groups, remember_only=remember_only, **through)
+            states = layer(states, view=view, rotary=rotary)
+        return last(states, view=view, rotary=rotary, fill_cache_only=fill_cache_only)
 
     def _embed(self, content: Tensor, source: Tensor) -> Tensor:
         """Embeddings (batch, columns, hidden_size) of ids or embeddings `content`, laid out by `source`."""
@@ -301,7 +228,7 @@ class LandmarkLlamaModel(LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(LlamaForCausalLM):
+class LandmarkLlamaForCausalLM(InstalledClass, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
     config_class = LandmarkLlamaConfig
@@ -312,59 +239,6 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = LandmarkLlamaModel(config)
         self.post_init()
-
-    @classmethod
-    def from_llama(
-        cls,
-        source: str | PathLike[str] | LlamaForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int = 64,
-        *,
-        train_context_length: int | None = None,
-        num_retrieved_blocks: int = 4,
-        num_local_blocks: int | None = None,
-        local_attention: LocalAttention = "sliding",
-        retrieval_granularity: RetrievalGranularity = "token_and_head",
-        train_retrieved_blocks: int | None = None,
-        predict_from_landmark: bool = False,
-        **from_pretrained: Any,
-    ) -> LandmarkLlamaForCausalLM:
-        """Makes a landmark LLaMA of a vanilla LLaMA checkpoint; fine-tune it before expecting it to find anything.
-
-        The landmark token is added to `tokenizer` in place, its embedding row (and output row) is the mean of the
-        others, every other weight stays bitwise as it was.
-
-        Args:
-            source: folder or hub id of a LLaMA checkpoint, or a loaded `LlamaForCausalLM` (left alone).
-            tokenizer: the checkpoint's tokenizer; save it beside the model.
-            block_size, ...: fields of `LandmarkLlamaConfig`.
-            from_pretrained: for `LlamaForCausalLM.from_pretrained`: `dtype`, `device_map`, `revision`, ...
-
-        Raises:
-            ValueError: if the checkpoint is not a LLaMA, or its window cannot hold the settings.
-            OSError: if the checkpoint is missing, truncated or incomplete.
-        """
-        return convert_llama(
-            cls,
-            source,
-            tokenizer,
-            {
-                "block_size": block_size,
-                "train_context_length": train_context_length,
-                "num_retrieved_blocks": num_retrieved_blocks,
-                "num_local_blocks": num_local_blocks,
-                "local_attention": local_attention,
-                "retrieval_granularity": retrieval_granularity,
-                "train_retrieved_blocks": train_retrieved_blocks,
-                "predict_from_landmark": predict_from_landmark,
-            },
-            from_pretrained,
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a landmark checkpoint, as transformers does; a damaged or incomplete one raises an `OSError`."""
-        return checked_load(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -384,6 +258,13 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
@@ -410,6 +291,11 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
             num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
                 configuration's, for this call.
+            cu_seq_lens_q: (documents + 1,), where the documents of a single row begin, and its length; instead of
+                `position_ids`.
+            seq_idx: (batch, length), the number of each column's document; instead of both.
+            cu_seq_lens_k, max_length_q, max_length_k, cache_position, token_type_ids: accepted, as other libraries pass
+                them to any model, and not needed.
 
         Raises:
             ValueError: naming the argument and the place in it.
@@ -428,14 +314,16 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             num_local_blocks=num_local_blocks,
             local_attention=local_attention,
             retrieval_granularity=retrieval_granularity,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
         )
         states, loss = outputs.last_hidden_state, None
         if labels is None:
-            logits = self.lm_head(states)
+            logits = self._logits(states)
         else:
             targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             everything = isinstance(logits_to_keep, int) and not logits_to_keep
-            logits = self.lm_head(states if everything else _keep_columns(states, logits_to_keep))
+            logits = self._logits(states if everything else _keep(states, logits_to_keep))
             loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -443,6 +331,13 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The output embedding of `states`; padding of the vocabulary is never predicted."""
+        logits = self.lm_head(states)
+        if self.config.num_padded_tokens:
+            logits[..., -self.config.num_padded_tokens :] = torch.finfo(logits.dtype).min
+        return logits
 
     def _targets(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What the result's columns predict, (batch, columns); -100 for landmarks and for what follows on padding."""
@@ -468,17 +363,14 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
     def _loss(
         self, states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, logits: Tensor | None
     ) -> Tensor:
-        """Mean cross-entropy of the next tokens.
-
-        Without the `logits` of all `states` it never holds those of more than one training context a row.
-        """
+        """Mean cross-entropy; without all `logits` given, it holds those of one training context a row at once."""
         targets = targets.to(states.device)
         total = states.new_zeros((), dtype=torch.float32)
         if logits is not None and logits.requires_grad:
             parts = [(logits, targets)]  # whole: a part's gradient would be copied, and rows in training are short
         else:
             length = self.config.train_context_length
-            pieces = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+            pieces = map(self._logits, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
             parts = zip(pieces, targets.split(length, dim=1), strict=True)
         for part, target in parts:
             scores = part.float().flatten(0, 1)
@@ -486,63 +378,12 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise ValueError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: "
-                    "a landmark LLaMA generates with its own LandmarkCache; leave it unset"
-                )
-            model_kwargs["past_key_values"] = LandmarkCache(self.config)
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: positions follow from the attention mask and the cache."""
-
-    def _prepare_generated_length(
-        self, generation_config: GenerationConfig, has_default_max_length: bool, *, input_ids_length: int, **kwargs: Any
-    ) -> GenerationConfig:
-        """Where the caller names no length, as many new tokens as in any model, but not only up to the window's end."""
-        new_tokens = generation_config.max_length
-        generation_config = super()._prepare_generated_length(
-            generation_config, has_default_max_length, input_ids_length=input_ids_length, **kwargs
+def _check_cache(cache: LandmarkCache | None) -> None:
+    if cache is not None and not isinstance(cache, LandmarkCache):
+        raise ValueError(
+            f"past_key_values: a {type(cache).__name__} cannot hold landmark blocks; pass LandmarkCache(model.config)"
         )
-        if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_length = new_tokens + input_ids_length
-        return generation_config
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        """No text is too long, so that none is warned of."""
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria):
-                criterion.max_position_embeddings = None
-        return criteria
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """The landmark token is never emitted: its logit goes before anything else looks at the logits."""
-        processors = super()._get_logits_processor(*args, **kwargs)
-        device = str(self.device)
-        return LogitsProcessorList(
-            [SuppressTokensLogitsProcessor([self.config.landmark_token_id], device), *processors]
-        )
-
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        settings = self.config.retrieval(
-            *(kwargs.get(name) for name in ("num_retrieved_blocks", "num_local_blocks")),
-            kwargs.get("local_attention"),
-            kwargs.get("retrieval_granularity"),
-        )
-        if (settings.local_attention, settings.granularity) != ("sliding", "token_and_head"):
-            raise ValueError(
-                f"assisted decoding with local_attention={settings.local_attention!r}, "
-                f"retrieval_granularity={settings.granularity!r}: checking several tokens at once would read other "
-                "blocks than generating them one by one; use 'sliding' and 'token_and_head'"
-            )
-        return super()._assisted_decoding(*args, **kwargs)
 
 
 def _take(states: Tensor, column: Tensor) -> Tensor:
@@ -550,18 +391,13 @@ def _take(states: Tensor, column: Tensor) -> Tensor:
     return states.gather(1, column.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
-def _keep(output: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The columns of (batch, columns) that `logits_to_keep` names."""
+def _keep(columns: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Those of (batch, columns, ...) that `logits_to_keep` names."""
     if isinstance(logits_to_keep, int):
-        return output[:, -logits_to_keep:] if logits_to_keep else output
+        return columns[:, -logits_to_keep:] if logits_to_keep else columns
     if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool:
         raise ValueError(
             f"logits_to_keep: a number of columns or a 1-dimensional tensor of them, got {logits_to_keep.dtype} "
             f"of shape {tuple(logits_to_keep.shape)}"
         )
-    return output[:, logits_to_keep.to(output.device)]
-
-
-def _keep_columns(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    column = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
-    return _take(states, _keep(column, logits_to_keep))
+    return columns[:, logits_to_keep.to(columns.device)]

@@ -1,9 +1,9 @@
-"""Does a model find a number in a text longer than its window? One short prompt, and what came out.
+"""A quick check of a new model: one short prompt asks for a number that stands outside the model's direct view.
 
     python -m landmark_llama.self_test MODEL
 
-Importing and recovering run it on what they have written. One prompt proves little: it tells working weights from a
-wrong base, a wrong tokenizer or a model that was never trained. `eval_passkey/run.py` measures.
+`import_released` and `weight_difference recover` run it on the model that they have written. One prompt proves little,
+but it reveals a wrong base, a wrong tokenizer or an untrained model. To measure a model, use `eval_passkey/run.py`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ FILLER = (
     "A clock in the hall struck four. Far away a train went by.\n"
 )
 QUESTION = "What is the number of the silver door? The number of the silver door is"
-MOST_TOKENS = 2000  # of a prompt: a 7B model reads them on a laptop's CPU in a few minutes
+MAX_FILLER_TOKENS = 2000  # a 7B model reads these on a laptop's CPU in a few minutes
 NEW_TOKENS = 10
-GUESSING = 0.8  # share of ln(vocabulary) from which on a loss is no better than guessing
+GUESSING = 0.8  # a loss above this share of ln(vocab_size) counts as guessing
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a model made of the prompt. Lengths in ordinary tokens; `loss` in nats a token, over the prompt's start."""
+    """The outcome of one prompt. Lengths are in ordinary tokens."""
 
     prompt_tokens: int
     distance: int  # from the number to the end of the prompt
-    needs_retrieval: bool
-    readable: bool  # whether the tokenizer gives the number back
+    needs_retrieval: bool  # whether the number is out of direct view when the answer begins
+    readable: bool  # whether decoding the prompt gives the number back
     answer: str
-    loss: float
+    loss: float  # nats per token, over the first sentences of the prompt
     vocab_size: int
 
     @property
@@ -72,15 +72,18 @@ class SelfTest:
 
 
 def self_test(model: LandmarkLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SelfTest:
-    """Asks `model` for a number that stands further back than it reads directly, if that takes at most 2,000 tokens."""
+    """Asks `model` for a number that stands just outside its direct view.
+
+    The filler has at most about 2,000 tokens. A model with a longer direct view is tested without retrieval.
+    """
     settings, block_size = model.config.retrieval(), model.config.block_size
-    direct = plain_length((settings.num_direct_blocks + 1) * block_size, block_size)
-    per_filler = len(tokenizer(FILLER, add_special_tokens=False).input_ids)
-    rounds = min(direct, MOST_TOKENS) // per_filler + 1
+    direct_tokens = plain_length((settings.num_direct_blocks + 1) * block_size, block_size)
+    filler_tokens = len(tokenizer(FILLER, add_special_tokens=False).input_ids)
+    repeats = min(direct_tokens, MAX_FILLER_TOKENS) // filler_tokens + 1
     start = OPENING + FILLER + NEEDLE
-    inputs = tokenizer(start + FILLER * rounds + QUESTION, return_tensors="pt").to(model.device)
-    tokens = inputs.input_ids.shape[1]
-    distance = tokens - len(tokenizer(start).input_ids)
+    inputs = tokenizer(start + FILLER * repeats + QUESTION, return_tensors="pt").to(model.device)
+    prompt_tokens = inputs.input_ids.shape[1]
+    distance = prompt_tokens - len(tokenizer(start).input_ids)
     english = tokenizer(OPENING + FILLER, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         loss = model(english, labels=english).loss.item()
@@ -91,11 +94,11 @@ def self_test(model: LandmarkLlamaForCausalLM, tokenizer: PreTrainedTokenizerBas
             do_sample=False,
             num_beams=1,
         )
-    answer = tokenizer.decode(output[0, tokens:], skip_special_tokens=True)
+    answer = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
     return SelfTest(
-        prompt_tokens=tokens,
+        prompt_tokens=prompt_tokens,
         distance=distance,
-        needs_retrieval=distance > direct and settings.num_retrieved_blocks > 0,
+        needs_retrieval=distance > direct_tokens and settings.num_retrieved_blocks > 0,
         readable=KEY in tokenizer.decode(inputs.input_ids[0]),
         answer=answer,
         loss=loss,
@@ -104,8 +107,11 @@ def self_test(model: LandmarkLlamaForCausalLM, tokenizer: PreTrainedTokenizerBas
 
 
 def report(folder: Path) -> str:
-    """The self-test of a saved model in words, or why there is none; never an error, since the model is written."""
-    size, free = sum(tensor.nbytes for tensor in Checkpoint.open(folder).shapes.values()), _free_memory()
+    """Tests a saved model and describes the outcome, or says why it could not be tested.
+
+    A model that cannot be loaded or run raises nothing: that is a finding, too. Raises OSError if there are no weights.
+    """
+    size, free = sum(tensor.nbytes for tensor in Checkpoint.open(folder).meta.values()), _free_memory()
     if size > free:
         return (
             f"self-test: skipped, the weights take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; run "
@@ -114,12 +120,12 @@ def report(folder: Path) -> str:
     try:
         model = LandmarkLlamaForCausalLM.from_pretrained(folder).eval()
         return str(self_test(model, AutoTokenizer.from_pretrained(folder)))
-    except Exception as error:  # whatever it is, it is a finding about the model
+    except Exception as error:
         return f"self-test: could not be run ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
 
 
 def _free_memory() -> float:
-    """Bytes that can be had without swapping; infinity where the system does not say."""
+    """Bytes available without swapping; infinity if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

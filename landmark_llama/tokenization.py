@@ -1,9 +1,9 @@
-"""The landmark token: adding it to a tokenizer, inserting and stripping it, plain and landmarked coordinates.
+"""The landmark token: adds it to a tokenizer, inserts it into ids and strips it, converts between the two coordinates.
 
-A block is `block_size - 1` ordinary tokens and then one landmark. *Plain* coordinates count ordinary tokens,
-*landmarked* coordinates count landmarks too: ordinary token `t` sits at landmarked position `t + t // (block_size -
-1)`. A block's landmark belongs to its last ordinary token, so `n` ordinary tokens always mean `n // (block_size - 1)`
-landmarks.
+A block is `block_size - 1` ordinary tokens followed by one landmark. *Plain* coordinates count ordinary tokens only;
+*landmarked* coordinates count landmarks, too. Ordinary token `t` has landmarked position `t + t // (block_size - 1)`.
+A landmark is inserted as soon as its block's last ordinary token is there, so `n` ordinary tokens always come with
+`n // (block_size - 1)` landmarks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,20 @@ Ids = TypeVar("Ids", list[int], torch.Tensor)
 
 
 def add_landmark_token(tokenizer: PreTrainedTokenizerBase, token: str = LANDMARK_TOKEN) -> int:
-    """Makes `token` a special token of `tokenizer` (in place) and returns its id. Adding it again changes nothing."""
+    """Makes `token` a special token of `tokenizer`, in place, and returns its id. A second call changes nothing.
+
+    Sets `model_max_length` to the value that stands for no limit: a landmark model reads texts of any length.
+
+    Raises:
+        ValueError: the tokenizer could not add it.
+    """
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
     tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
     landmark_token_id = tokenizer.convert_tokens_to_ids(token)
     if landmark_token_id is None or landmark_token_id == tokenizer.unk_token_id:
         raise ValueError(f"token={token!r}: {type(tokenizer).__name__} could not add it as a special token")
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
     return landmark_token_id
 
 
@@ -35,7 +44,7 @@ def landmarked_position(plain_position: int | torch.Tensor, block_size: int) -> 
 
 
 def landmarked_length(length: int | torch.Tensor, block_size: int) -> int | torch.Tensor:
-    """Landmarked positions that `length` ordinary tokens take, the landmarks they complete included."""
+    """Landmarked positions of `length` ordinary tokens and the landmarks of the blocks that they complete."""
     return length + length // (block_size - 1)
 
 
@@ -45,18 +54,18 @@ def plain_length(length: int | torch.Tensor, block_size: int) -> int | torch.Ten
 
 
 def insert_landmarks(input_ids: Ids, block_size: int, landmark_token_id: int) -> Ids:
-    """Plain ids to landmarked ids: a landmark after every `block_size - 1` ordinary tokens.
+    """Inserts a landmark after every `block_size - 1` ordinary tokens.
 
     Args:
-        input_ids: ordinary tokens, a list or a tensor of shape (..., length), every row starting at its first token.
-        block_size: positions of a block, its landmark included (>= 2).
+        input_ids: ordinary tokens: a list, or a tensor of shape (..., length) without left padding.
+        block_size: positions in a block, its landmark included (>= 2).
         landmark_token_id: id of the landmark token.
 
     Returns:
-        The same kind, of length `landmarked_length(length, block_size)`.
+        A list or tensor like the input, of length `landmarked_length(length, block_size)`.
 
     Raises:
-        ValueError: if `input_ids` already holds a landmark, naming its row and position.
+        ValueError: `input_ids` holds a landmark already. Names its row and position.
     """
     _check_block_size(block_size)
     plain = torch.as_tensor(input_ids)
@@ -68,27 +77,27 @@ def insert_landmarks(input_ids: Ids, block_size: int, landmark_token_id: int) ->
 
 
 def strip_landmarks(input_ids: Ids, block_size: int, landmark_token_id: int) -> Ids:
-    """Landmarked ids to plain ids, the inverse of `insert_landmarks`.
+    """Removes the landmarks: the inverse of `insert_landmarks`.
 
     Args:
-        input_ids: landmarked ids, a list or a tensor of shape (..., length), every row starting at its first token.
+        input_ids: landmarked ids: a list, or a tensor of shape (..., length) without left padding.
 
     Returns:
-        The same kind, of length `plain_length(length, block_size)`.
+        A list or tensor like the input, of length `plain_length(length, block_size)`.
 
     Raises:
-        ValueError: if a landmark stands where none belongs or is missing where one does, naming row and position.
+        ValueError: a landmark is misplaced or missing. Names its row and position.
     """
     _check_block_size(block_size)
     landmarked = torch.as_tensor(input_ids)
     is_landmark_place = torch.arange(landmarked.shape[-1], device=landmarked.device) % block_size == block_size - 1
     _refuse(
         (landmarked == landmark_token_id) & ~is_landmark_place,
-        f"a landmark stands where none belongs (the last position of each block of {block_size} is its place)",
+        f"a landmark is out of place: it belongs at the last position of each block of {block_size}",
     )
     _refuse(
         (landmarked != landmark_token_id) & is_landmark_place,
-        f"an ordinary token stands in the place of a landmark (the last position of each block of {block_size})",
+        f"a landmark is missing: the last position of each block of {block_size} must hold one",
     )
     plain = landmarked[..., ~is_landmark_place]
     return plain.tolist() if isinstance(input_ids, list) else plain
@@ -100,7 +109,7 @@ def _check_block_size(block_size: int) -> None:
 
 
 def _refuse(wrong: torch.Tensor, message: str) -> None:
-    """Raises a ValueError that names the first place where `wrong`, of shape (..., length), is true."""
+    """Raises ValueError with the first row and position where `wrong` (..., length) is true."""
     if wrong.any():
         row, position = wrong.reshape(-1, wrong.shape[-1]).nonzero()[0].tolist()
         raise ValueError(f"row {row}, position {position}: {message}")

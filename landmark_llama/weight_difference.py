@@ -1,12 +1,12 @@
-"""A tuned model as its difference from the LLaMA it was made from, for weights that may not be passed on themselves.
+"""Publishes a tuned model without the weights of its base: as the exact difference from a LLaMA.
 
     python -m landmark_llama.weight_difference make TUNED BASE OUT
     python -m landmark_llama.weight_difference recover DIFFERENCE BASE OUT
 
-What is stored is the exclusive or of the two tensors' bits, the base's cast to the tuned dtype first: a difference of
-floating-point numbers is rounded and does not give the tuned weights back, this one does, bit by bit and in any dtype.
-Rows of tokens that the base does not have are stored as they are. SHA-256 sums of every tensor (tuned, base, stored)
-stand in the manifest: a wrong base or a damaged file is named before anything is written. One tensor is read at a time.
+Stored is the bitwise XOR of each pair of tensors, after the base's is cast to the tuned dtype. Subtracting floats would
+round; XOR gives the tuned weights back bit for bit, in any dtype. Rows of tokens that the base lacks are stored as they
+are. The manifest holds SHA-256 sums of every tensor (tuned, base, stored), so `recover` names a wrong base or a damaged
+file before it writes anything. Tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from landmark_llama.import_released import import_released, is_released
 MANIFEST = "weight_difference.json"
 FORMAT = 1
 OTHER_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the manifest says of a tensor. SHA-256 sums are of bytes, the base's after its cast to `dtype`."""
+    """The manifest's entry for one tensor."""
 
     dtype: str  # of the tuned tensor
     base_name: str
     base_shape: list[int]
-    sha256: str
-    base_sha256: str
-    difference_sha256: str
+    sha256: str  # of the tuned tensor's bytes
+    base_sha256: str  # of the base tensor's bytes, cast to `dtype`
+    difference_sha256: str  # of the stored bytes
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,48 +73,52 @@ def make(
     """Writes the difference between a landmark LLaMA and the LLaMA it was made from.
 
     Args:
-        tuned: a checkpoint of this library.
-        base: the LLaMA; safetensors files or .bin files. Both are local folders or hub ids.
-        output: a folder that does not exist yet, or is empty; it appears when everything in it is written.
-        max_shard_size: of the files of weights: bytes, or a text such as "2GB".
+        tuned: a checkpoint of this library: a local folder or a hub id.
+        base: the LLaMA, as safetensors or .bin files: a local folder or a hub id.
+        output: a new or empty folder. It appears only when everything in it is written.
+        max_shard_size: largest weight file: bytes, or a text such as "2GB".
 
     Raises:
         OSError: a file is missing, truncated or damaged.
-        ValueError: `tuned` is no landmark LLaMA, `base` of another shape, or `output` not empty.
+        ValueError: `tuned` is not a landmark LLaMA, `base` has another shape, or `output` is not empty.
     """
     output = Path(output)
     check_output(output)
     tuned_files, base_files = Checkpoint.open(tuned), Checkpoint.open(base)
-    model_type = read_json(tuned_files.folder / "config.json").get("model_type")
-    if model_type != LandmarkLlamaConfig.model_type:
-        raise ValueError(
-            f"{tuned}: model_type is {model_type!r}, not {LandmarkLlamaConfig.model_type!r}; what the paper's released "
-            "code made has to be imported first, by python -m landmark_llama.import_released"
-        )
+    _check_is_landmark_llama(tuned, tuned_files)
     base_names = {name: _base_name(name, base_files) for name in tuned_files.names()}
     for name, base_name in base_names.items():
-        check_base_shape(name, tuned_files.shapes[name], base_files, base_files.shapes.get(base_name))
+        check_base_shape(name, tuned_files.meta[name], base_files, base_files.meta.get(base_name))
     records = {}
 
     def difference(name: str) -> Tensor:
-        weight, base_name = tuned_files.read(name), base_names[name]
-        start = base_files.read(base_name).to(weight.dtype)
-        stored = exclusive_or(weight, start)
+        tuned_tensor, base_name = tuned_files.read(name), base_names[name]
+        base_tensor = base_files.read(base_name).to(tuned_tensor.dtype)
+        stored = exclusive_or(tuned_tensor, base_tensor)
         records[name] = Record(
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=str(tuned_tensor.dtype).removeprefix("torch."),
             base_name=base_name,
-            base_shape=list(start.shape),
-            sha256=sha256(weight),
-            base_sha256=sha256(start),
+            base_shape=list(base_tensor.shape),
+            sha256=sha256(tuned_tensor),
+            base_sha256=sha256(base_tensor),
             difference_sha256=sha256(stored),
         )
         return stored
 
-    planned = {name: bits(tuned_files.shapes[name]) for name in base_names}
+    meta = {name: as_integers(tuned_files.meta[name]) for name in base_names}
     with staged(output) as staging:
-        write_weights(staging, planned, difference, max_shard_size)
+        write_weights(staging, meta, difference, max_shard_size)
         copy_files(tuned_files.folder, staging, OTHER_FILES)
         _write_manifest(staging, records)
+
+
+def _check_is_landmark_llama(source: str | os.PathLike[str], files: Checkpoint) -> None:
+    model_type = read_json(files.folder / "config.json").get("model_type")
+    if model_type != LandmarkLlamaConfig.model_type:
+        raise ValueError(
+            f"{source}: model_type is {model_type!r}, not {LandmarkLlamaConfig.model_type!r}; a model of the paper's "
+            "released code has to be imported first: python -m landmark_llama.import_released"
+        )
 
 
 def recover(
@@ -123,20 +127,20 @@ def recover(
     output: str | os.PathLike[str],
     max_shard_size: int | str = "2GB",
 ) -> str:
-    """Writes the tuned model that a difference was made of; or, from the paper's own difference, imports that model.
+    """Recovers the tuned model from a difference and its base, and writes it to `output`.
 
     Args:
-        difference: what `make` wrote, or a weight difference of the released code.
-        base: the LLaMA that it was made from. Both are local folders or hub ids.
+        difference: written by `make`, or a weight difference of the paper's released code, which is then imported.
+        base: the LLaMA that the difference was made from. Both are local folders or hub ids.
         output, max_shard_size: as for `make`.
 
     Returns:
-        What was checked, in words.
+        What was checked, as a sentence for the user.
 
     Raises:
-        OSError: a file is missing, truncated or damaged; it is named, and nothing is written.
-        ValueError: `base` is not the one that the difference was made from (the first tensor that differs is named), or
-            `output` not empty.
+        OSError: a file is missing, truncated or damaged. The message names it, and nothing is written.
+        ValueError: `base` is not the one that the difference was made from (the message names the first tensor that
+            differs), or `output` is not empty.
     """
     output, folder = Path(output), local_folder(difference)
     check_output(output)
@@ -147,39 +151,41 @@ def recover(
     _check_stored(stored, records)
     _check_base(base_files, records)
 
-    def weight(name: str) -> Tensor:
+    def recovered(name: str) -> Tensor:
         record = records[name]
-        start = base_files.read(record.base_name).to(record.torch_dtype)
-        tensor = exclusive_or(stored.read(name), start).view(record.torch_dtype)
+        base_tensor = base_files.read(record.base_name).to(record.torch_dtype)
+        tensor = exclusive_or(stored.read(name), base_tensor).view(record.torch_dtype)
         if sha256(tensor) != record.sha256:
             raise OSError(f"{folder}: {name} was not recovered exactly; was a file changed meanwhile?")
         return tensor
 
-    planned = {name: stored.shapes[name].view(record.torch_dtype) for name, record in records.items()}
+    meta = {name: stored.meta[name].view(record.torch_dtype) for name, record in records.items()}
     with staged(output) as staging:
-        write_weights(staging, planned, weight, max_shard_size)
+        write_weights(staging, meta, recovered, max_shard_size)
         copy_files(folder, staging, OTHER_FILES)
     return f"all {len(records)} tensors are bitwise those of the tuned model (SHA-256)"
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The same bits as integers."""
-    return tensor.view(BITS[tensor.element_size()])
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same bytes, viewed as integers of the same width."""
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def exclusive_or(tensor: Tensor, base: Tensor) -> Tensor:
-    """Integers whose bits are those of `tensor` where they differ from those of `base`; twice, it gives `tensor` back.
+    """Bitwise XOR, as integers. Applied twice with the same base, it gives the bits of `tensor` back.
 
-    tensor: (rows, ...); base: of as many bytes an element, (rows or fewer, ...), missing rows counting as zeros.
+    Args:
+        tensor: (rows, ...).
+        base: (rows or fewer, ...), with as many bytes per element. Missing rows count as zeros.
     """
-    result = bits(tensor).clone()
-    result[: len(base)] ^= bits(base)
+    result = as_integers(tensor).clone()
+    result[: len(base)] ^= as_integers(base)
     return result
 
 
 def _base_name(name: str, base: Checkpoint) -> str:
-    """The base's tensor for one of the tuned model; of a tied base, the embedding stands for the output."""
-    return INPUT_ROWS if name == OUTPUT_ROWS and OUTPUT_ROWS not in base.shapes else name
+    """The base's name for a tuned tensor. A base with tied embeddings has no output rows: its input rows serve."""
+    return INPUT_ROWS if name == OUTPUT_ROWS and OUTPUT_ROWS not in base.meta else name
 
 
 def _write_manifest(folder: Path, records: dict[str, Record]) -> None:
@@ -194,22 +200,22 @@ def _write_manifest(folder: Path, records: dict[str, Record]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Record]:
-    """The records of the tensors, once the manifest and the files beside the weights are known to be whole."""
+    """The tensors' records. Raises OSError if the manifest, or a file beside the weights, is missing or damaged."""
     if not (folder / MANIFEST).is_file():
         raise OSError(
-            f"{folder}: holds no {MANIFEST}, so it is no weight difference; one that the paper's first code made is "
-            "recovered by python -m landmark_llama.import_released --base BASE --legacy"
+            f"{folder}: holds no {MANIFEST}, so it is not a weight difference; recover one of the paper's first code "
+            "with python -m landmark_llama.import_released --base BASE --legacy"
         )
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: format {manifest.get('format')!r}; this version reads format {FORMAT}")
     content = {name: manifest.get(name) for name in ("tensors", "files")}
     if manifest.get("sha256") != _digest(content):
-        raise OSError(f"{folder / MANIFEST}: damaged (its SHA-256 is another); fetch the difference again")
+        raise OSError(f"{folder / MANIFEST}: damaged (its SHA-256 does not match); fetch the difference again")
     for name, expected in content["files"].items():
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise OSError(f"{path}: missing or damaged (its SHA-256 is another); fetch the difference again")
+            raise OSError(f"{path}: missing or damaged (its SHA-256 does not match); fetch the difference again")
     return {name: Record(**record) for name, record in content["tensors"].items()}
 
 
@@ -218,18 +224,20 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _check_stored(stored: Checkpoint, records: dict[str, Record]) -> None:
-    for name in sorted(records.keys() ^ stored.shapes.keys()):
+    """Raises OSError unless the stored tensors are exactly those of the manifest."""
+    for name in sorted(records.keys() ^ stored.meta.keys()):
         raise OSError(f"{stored.folder}: {name} stands in the manifest or in the weights, not in both; fetch it again")
     for name, record in records.items():
         if sha256(stored.read(name)) != record.difference_sha256:
             raise OSError(
-                f"{stored.sources[name]}: {name} is damaged (its SHA-256 is another); fetch the difference again"
+                f"{stored.sources[name]}: {name} is damaged (its SHA-256 does not match); fetch the difference again"
             )
 
 
 def _check_base(base: Checkpoint, records: dict[str, Record]) -> None:
+    """Raises ValueError unless the base's tensors are those that the difference was made from."""
     for record in records.values():
-        found = base.shapes.get(record.base_name)
+        found = base.meta.get(record.base_name)
         if found is None or list(found.shape) != record.base_shape:
             what = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(record.base_shape)}"
             raise ValueError(f"{base.folder}: not the base of this difference: {record.base_name} is {what}")
@@ -247,12 +255,14 @@ def main(argv: list[str] | None = None) -> None:
     making = commands.add_parser("make", help="write the difference between a tuned model and its base")
     making.add_argument("tuned", help="a landmark LLaMA: a folder or a hub id")
     recovering = commands.add_parser("recover", help="write the tuned model")
-    recovering.add_argument("difference", help="what make wrote, or the paper's own weight difference")
+    recovering.add_argument("difference", help="a difference written by make, or the paper's own weight difference")
     for command in (making, recovering):
         command.add_argument("base", help="the LLaMA that the tuned model was made from: a folder or a hub id")
-        command.add_argument("output", help="the folder to write; must not exist, or be empty")
-        command.add_argument("--max_shard_size", default="2GB", help="of the files of weights (default: 2GB)")
-    recovering.add_argument("--no_self_test", action="store_true", help="do not load the model to ask it a pass key")
+        command.add_argument("output", help="the folder to write; must be new or empty")
+        command.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: 2GB)")
+    recovering.add_argument(
+        "--no_self_test", action="store_true", help="skip loading the model and asking it a pass key"
+    )
     args = parser.parse_args(argv)
     try:
         if args.command == "make":

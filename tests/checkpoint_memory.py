@@ -1,8 +1,8 @@
-"""Makes a model of random weights on the disk; prints the peak of memory of each command that reads it, in bytes.
+"""Writes a model of random weights to disk and measures the peak memory, in bytes, of each command that reads it.
 
     python tests/checkpoint_memory.py FOLDER --hidden_size 2048 --layers 17 --vocab_size 32000 --max_shard_size 500MB
 
-is a model of 2 GB; FOLDER then holds five such models, and can be deleted. Prints one JSON object.
+makes a model of 2 GB and prints one JSON object. FOLDER then holds five such models and can be deleted.
 """
 
 import argparse
@@ -29,31 +29,29 @@ def in_use() -> int:
 
 
 def peak_of(command: Callable[[], object], before: int) -> int:
-    """Bytes that a command takes beyond `before` at most; the kernel counts the peak anew from here (Linux)."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what an earlier command has left
-    CLEAR_REFS.write_text("5")
+    """Peak memory of a command beyond `before`, in bytes (Linux only)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns memory that an earlier command has freed
+    CLEAR_REFS.write_text("5")  # resets the kernel's peak
     command()
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")) - before
 
 
 def save_random_models(folder: Path, config: LlamaConfig, max_shard_size: str) -> int:
-    """A base in safetensors files, and a released-style model in .bin files, with two tokens more; returns its size."""
-    words = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *map(str, range(config.vocab_size - 3))])}
+    """Saves a base (safetensors) and a released-style model (.bin) with two more tokens; returns the size in bytes."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *map(str, range(config.vocab_size - 3))])}
     for name, added in (("base", 0), ("released", 2)):
         (folder / name).mkdir()
         config.vocab_size += added
         with torch.device("meta"):
-            planned = {name: weight.half() for name, weight in LlamaForCausalLM(config).state_dict().items()}
-        write_weights(
-            folder / name, planned, lambda name, of=planned: torch.randn(of[name].shape).half(), max_shard_size
-        )
+            meta = {name: weight.half() for name, weight in LlamaForCausalLM(config).state_dict().items()}
+        write_weights(folder / name, meta, lambda name, of=meta: torch.randn(of[name].shape).half(), max_shard_size)
         config.save_pretrained(folder / name)
     fields = {**config.to_dict(), "model_type": "llama_with_landmark", "mem_id": config.vocab_size - 1, "mem_freq": 63}
     (folder / "released/config.json").write_text(json.dumps(fields))
-    Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(folder / "released/tokenizer.json"))
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "released/tokenizer.json"))
     to_bin(folder / "released")
-    return sum(weight.nbytes for weight in planned.values())
+    return sum(weight.nbytes for weight in meta.values())
 
 
 def main() -> None:
@@ -65,12 +63,12 @@ def main() -> None:
     parser.add_argument("--max_shard_size")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    peaks(args.folder / "small", 64, 1, 100, "1GB")  # what libraries take for themselves
+    peaks(args.folder / "small", 64, 1, 100, "1GB")  # lets libraries allocate what they need for themselves
     print(json.dumps(peaks(args.folder / "large", args.hidden_size, args.layers, args.vocab_size, args.max_shard_size)))
 
 
 def peaks(folder: Path, hidden_size: int, layers: int, vocab_size: int, shard: str) -> dict[str, int]:
-    """Bytes of the weights, and of the peak of each command."""
+    """Bytes of the weights, and the peak memory of each command in bytes."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -1,4 +1,4 @@
-"""Folders of checkpoints for tests: older formats, changes to them, and damage."""
+"""Changes checkpoint folders for tests: converts them to older formats, edits them, damages them."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 
 def edit(path: Path, **values) -> None:
-    """Sets fields of a JSON file; those that are None disappear."""
+    """Sets fields of a JSON file. A value of None removes the field."""
     fields = {**json.loads(path.read_text()), **values}
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
 
@@ -27,7 +27,7 @@ def to_bin(folder: Path) -> None:
 
 
 def flip_bit(path: Path, at: int) -> None:
-    """Changes one bit of the byte at `at` (from the end if negative)."""
+    """Flips one bit of the byte at `at`; a negative `at` counts from the end."""
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
@@ -38,7 +38,7 @@ def truncate(path: Path) -> None:
 
 
 def refusal(main: Callable[[list[str]], None], *arguments: object) -> str:
-    """The one sentence with which a command ends; exit code 1."""
+    """Runs a command that must fail, and returns the single sentence that it ends with."""
     with pytest.raises(SystemExit) as error:
         main([str(argument) for argument in arguments])
     assert isinstance(error.value.code, str) and error.value.code.startswith("error: ")  # printed, and exit code 1
@@ -47,5 +47,5 @@ def refusal(main: Callable[[list[str]], None], *arguments: object) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """All that stands in a folder, to see that nothing was written."""
+    """The names of all entries of a folder, to check that nothing was written."""
     return sorted(path.name for path in folder.iterdir())

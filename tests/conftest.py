@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, fixed seeds, real files where they are, no memory zero by luck."""
+"""Shared by all tests: one thread per process, fixed seeds, the folder of real files, poisoned uninitialised memory."""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # kernels run in Triton's interpreter, which is decided when triton is first imported: transformers imports it
+    # kernels run in Triton's interpreter; this must be set before transformers imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and workers run side by side
+torch.set_num_threads(1)  # tiny tensors gain nothing from more threads, and several workers run at once
 
 LANDMARK_DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 
@@ -31,7 +31,7 @@ def landmark_data() -> Path:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fills what `torch.empty` and its relatives return with NaN, so that reading before writing shows."""
+    """Fills uninitialised tensors (`torch.empty` and the like) with NaN, so that reading before writing shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

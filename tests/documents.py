@@ -1,4 +1,4 @@
-"""Documents on disk and a tokenizer of one token a byte, for the tests of `finetune`'s data."""
+"""For the tests of `finetune`'s data: documents on disk, and a tokenizer with one token per byte."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ LANDMARK = 300
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after `</s>` (id 0)."""
+    """A tokenizer with one token per byte; `</s>` has id 0."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"</s>": END, **{letter: i for i, letter in enumerate(alphabet, start=1)}}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -28,14 +28,14 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def random_documents(seed: int, count: int = 40, longest: int = 60) -> list[list[int]]:
-    """Lists of ids, none of them `END` or `LANDMARK`."""
+    """Lists of random ids without `END` and `LANDMARK`."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
     return [torch.randint(1, 200, (length,), generator=generator).tolist() for length in lengths]
 
 
 def whole_documents(tokens: list[int]) -> list[list[int]]:
-    """The documents in a stream of tokens, without their ends; the last, which may be cut, is left out."""
+    """The documents in a stream of tokens, without `END`. The last one, which may be cut off, is left out."""
     documents: list[list[int]] = [[]]
     for token in tokens:
         documents.append([]) if token == END else documents[-1].append(token)

@@ -1,7 +1,7 @@
-"""Training processes that come to harm: `finetune/run.py`, forked from a process that has imported all it needs.
+"""Runs `finetune/run.py` in processes that are killed or otherwise disturbed.
 
-Importing takes seconds, so that ten deaths would take minutes. What is forked is multiprocessing's own fork server, in
-which nothing has run yet; a child runs the script as Python would, and everything it prints goes to a file.
+Importing takes seconds, so the processes are forked from multiprocessing's fork server, which has everything imported
+and has run nothing yet. A child runs the script as Python would. Everything it prints goes to a file.
 """
 
 import gc
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(arguments: list[str], printed: Path, harm: Callable[[], None] | None = None) -> BaseProcess:
-    """A process that trains. `harm` is called in it first, and must be importable."""
+    """Starts a process that trains. It calls `harm` first, which must be importable."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune.run"])
     process = context.Process(target=_train, args=(arguments, printed, harm), daemon=True)
@@ -30,7 +30,7 @@ def start(arguments: list[str], printed: Path, harm: Callable[[], None] | None =
 
 
 def run(arguments: list[str], printed: Path, harm: Callable[[], None] | None = None) -> tuple[int, str]:
-    """The exit code and what was printed."""
+    """Runs a training process to its end; returns the exit code and what it printed."""
     printed.unlink(missing_ok=True)
     process = start(arguments, printed, harm)
     process.join(120)
@@ -38,7 +38,7 @@ def run(arguments: list[str], printed: Path, harm: Callable[[], None] | None = N
 
 
 def kill_at(process: BaseProcess, printed: Path, step: int, delay: float) -> int:
-    """Kills, `delay` seconds after the first line that says that `step` or a later one is done; the last one done."""
+    """Kills the process `delay` seconds after it has printed that `step` is done. Returns the last step done."""
 
     def last_step() -> int:
         lines = printed.read_text() if printed.exists() else ""
@@ -54,7 +54,7 @@ def kill_at(process: BaseProcess, printed: Path, step: int, delay: float) -> int
 
 
 def die_while_writing(file: str) -> None:
-    """From now on the process kills itself in the middle of writing `file`, `checkpoint-4/optimizer.pt` or another."""
+    """Makes this process kill itself in the middle of writing `file`, for example `checkpoint-4/optimizer.pt`."""
     import torch
     from transformers import Trainer
 
@@ -105,7 +105,7 @@ def keep_tokens_in(folder: Path) -> None:
 
 
 def join_two_processes(rank: int, port: int, broken_step: int) -> None:
-    """Makes this process one of two; the loss of the second is not a number at `broken_step`."""
+    """Makes this process one of two. The second one's loss is NaN at `broken_step`."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     if rank == 1:
@@ -113,7 +113,7 @@ def join_two_processes(rank: int, port: int, broken_step: int) -> None:
 
 
 def break_loss(when: Callable[[int, dict], bool], amount: float = float("nan")) -> None:
-    """From now on `amount` is added to the loss, whose gradient it leaves alone, where `when(step, batch)` says so."""
+    """Adds a constant to the training loss whenever `when(step, batch)` is true; the gradient is unchanged."""
     from transformers import Trainer
 
     compute_loss = Trainer.compute_loss
@@ -126,7 +126,7 @@ def break_loss(when: Callable[[int, dict], bool], amount: float = float("nan")) 
 
 
 def fill(filler: Path, leave: int = 0) -> None:
-    """Writes a file that takes all room on its disk but `leave` bytes."""
+    """Writes a file that fills its disk up to `leave` free bytes."""
     status = os.statvfs(filler.parent)
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, status.f_bavail * status.f_frsize - leave))
@@ -137,7 +137,7 @@ def _train(arguments: list[str], printed: Path, harm: Callable[[], None] | None)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
-    gc.freeze()  # what was imported is no garbage, and looking through it would copy it
+    gc.freeze()  # a garbage collection would touch all imported objects, and so copy the shared memory pages
     if harm:
         harm()
     sys.argv = ["finetune/run.py", *arguments]

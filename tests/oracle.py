@@ -1,8 +1,8 @@
-"""A landmark LLaMA written a second time, slowly: one token, one head at a time, positions as in the paper.
+"""A second, slow implementation of landmark LLaMA: one token and one head at a time, with the paper's positions.
 
-It shares no code with the library. Keys and queries stand at absolute positions in the window (the paper's stingy
-mapping) and are rotated anew for every query, blocks are chosen by sorting Python tuples, and attention is the two
-softmaxes of the definition. One row, no padding; default RoPE.
+It shares no code with the library. Keys and queries have absolute positions in the window (the paper's stingy mapping)
+and are rotated anew for every query. Blocks are chosen by sorting Python tuples. Attention is the two softmaxes of the
+definition. It reads one row without padding, with default RoPE.
 """
 
 import math
@@ -16,7 +16,7 @@ from landmark_llama import LandmarkLlamaForCausalLM
 
 
 class Oracle:
-    """Reads one text in calls of any lengths, in `dtype`, from the weights of a landmark model."""
+    """Reads one text in calls of any lengths, with the weights of a landmark model, computing in `dtype`."""
 
     def __init__(self, model: LandmarkLlamaForCausalLM, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
         self.config = c = model.config
@@ -49,7 +49,7 @@ class Oracle:
         self.tokens += call
         edges = list(range(first // c.block_size * c.block_size, len(self.tokens), self.chunk * c.block_size))[1:]
         edges = [first, *edges, len(self.tokens)]
-        # sliding attention takes no notice of chunks
+        # sliding attention ignores chunks
         parts = [(first, len(self.tokens))] if self.sliding else list(pairwise(edges))
         states = torch.cat([self._layers(start, stop) for start, stop in parts])
         logits = states @ self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"]).T
@@ -82,7 +82,7 @@ class Oracle:
             keys, values = self.cache[layer]
             keys += key.view(stop - start, -1, c.head_dim).unbind(0)
             values += value.view(stop - start, -1, c.head_dim).unbind(0)
-            if layer == 0:  # one token at every position: one key, to the last bit
+            if layer == 0:  # all landmarks have the same embedding, so their keys must be bitwise equal
                 landmarks = [place for place in range(len(keys)) if self._is_landmark(place)]
                 for place in landmarks:
                     keys[place] = keys[landmarks[0]]
@@ -100,8 +100,8 @@ class Oracle:
         places = range(start, start + len(query))
         block = {place: place // c.block_size for place in places}
         direct = {p: max(0, block[p] - self.local) if self.sliding else start // c.block_size for p in places}
-        likings = {
-            (p, h): self._liking(layer, query[p - start, h], p, direct[p], h // share)
+        block_scores = {
+            (p, h): self._block_scores(layer, query[p - start, h], p, direct[p], h // share)
             for p in places
             for h in range(heads)
         }
@@ -114,16 +114,16 @@ class Oracle:
                     sharing = [(p, other) for other in range(heads)]
                 else:
                     sharing = [(other, h) for other in places if block[other] == block[p] or not self.sliding]
-                wanted = [max(liking) for liking in zip(*(likings[who] for who in sharing), strict=True)]
-                # the highest first, of equals the later
-                ranking = sorted(range(direct[p]), key=lambda b: (wanted[b], b), reverse=True)
+                best = [max(scores) for scores in zip(*(block_scores[who] for who in sharing), strict=True)]
+                # the highest score first; of equal scores, the later block
+                ranking = sorted(range(direct[p]), key=lambda b: (best[b], b), reverse=True)
                 chosen = sorted(ranking[: self.k])
                 self.chosen[layer][p, h] = chosen
                 output[p - start, h] = self._weigh(layer, query[p - start, h], p, direct[p], h // share, chosen)
         return output
 
-    def _liking(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int) -> list[float]:
-        """What each candidate block is worth to a query: its landmark's score, the log of a softmax if shared."""
+    def _block_scores(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int) -> list[float]:
+        """A query's score for each candidate block: its landmark's, or the log-softmax of it if choices are shared."""
         c = self.config
         recent = min(self.k, direct)
         if not direct:
@@ -132,12 +132,12 @@ class Oracle:
         landmarks = [self.cache[layer][0][(candidate + 1) * c.block_size - 1][kv_head] for candidate in range(direct)]
         places = [slot * c.block_size + c.block_size - 1 for slot in slots]
         here = self._place(place, direct)
-        # one by one: a product over several keys may round equal ones differently
+        # one by one: a product with several keys may round equal scores differently
         scores = torch.cat([self._score(query, here, [key], [at]) for key, at in zip(landmarks, places, strict=True)])
         return (scores if self.granularity == "token_and_head" else scores.log_softmax(0)).tolist()
 
     def _place(self, place: int, direct: int) -> int:
-        """Position in the window of a token in the direct blocks: after min(k, n) + 1 slots of prefix."""
+        """Position in the window of a token in the direct blocks, which follow the prefix of min(k, n) + 1 slots."""
         return place - direct * self.config.block_size + (min(self.k, direct) + 1) * self.config.block_size
 
     def _score(self, query: Tensor, query_position: int, keys: list[Tensor], key_positions: list[int]) -> Tensor:
@@ -150,7 +150,7 @@ class Oracle:
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
     def _weigh(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int, chosen: list[int]) -> Tensor:
-        """The two softmaxes: the own group, and one in each other block."""
+        """The output of one query and head: a softmax over the own group, and one inside each other block."""
         c = self.config
         own_block, here = place // c.block_size, self._place(place, direct)
         recent = min(self.k, direct)

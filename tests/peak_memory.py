@@ -1,4 +1,4 @@
-"""Trains two steps of two batches in a process of its own: prints the peak of its memory and the estimate, in bytes."""
+"""Trains two steps of two batches in a process of its own; prints its peak memory and the estimate of it, in bytes."""
 
 import sys
 from pathlib import Path
@@ -17,8 +17,10 @@ ROWS, POSITIONS, BLOCK = 2, 512, 64
 
 def main(checkpointing: bool) -> None:
     torch.set_num_threads(1)
-    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()  # what torch takes for itself
-    peak = PeakMemory("cpu")  # not `ru_maxrss`, which starts at the size of the process that started this one
+    torch.ones(64, 64, requires_grad=True).matmul(
+        torch.ones(64, 64)
+    ).sum().backward()  # lets torch allocate what it needs for itself
+    peak = PeakMemory("cpu")  # not `ru_maxrss`, which starts at the size of the parent process
     model = tiny_model(
         hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=8192,
         block_size=BLOCK, max_position_embeddings=POSITIONS,
@@ -28,7 +30,7 @@ def main(checkpointing: bool) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = plain_length(POSITIONS, BLOCK)
     for _ in range(2):
-        for _ in range(2):  # gradients are there while the second batch's activations are
+        for _ in range(2):  # the second batch's activations are in memory together with gradients
             ids = torch.randint(8, 8192, (ROWS, tokens))
             model(ids, labels=ids).loss.backward()
         optimiser.step()

@@ -243,7 +243,7 @@ def test_large_scores_are_taken_over_the_peak_of_their_block(
     inputs = random_inputs(shape)
     grad = torch.randn(inputs[0].shape, dtype=torch.float64)
     small = forward_and_gradients(landmark_attention, inputs, grad, shape[4])
-    monkeypatch.setattr(blockwise, "SMALL_SCORE", 0.0)
+    monkeypatch.setattr(blockwise, "LARGEST_PLAIN_SCORE", 0.0)
     for a, e in zip(forward_and_gradients(landmark_attention, inputs, grad, shape[4]), small, strict=True):
         torch.testing.assert_close(a, e)
 

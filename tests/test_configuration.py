@@ -42,7 +42,7 @@ def test_as_many_local_blocks_as_the_window_has_room_for_by_default() -> None:
 
 def test_a_chunk_of_chunked_attention_fills_the_window_but_for_the_retrieved_blocks() -> None:
     config = tiny_config(local_attention="chunked", num_local_blocks=1)
-    assert config.retrieval().num_direct_blocks == 8 - 2 - 1  # num_local_blocks plays no part
+    assert config.retrieval().chunk_blocks == 8 - 2 - 1  # num_local_blocks plays no part
 
 
 def test_the_training_context_is_the_models_own_by_default() -> None:

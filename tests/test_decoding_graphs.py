@@ -15,7 +15,7 @@ from tiny import logits_in_calls, ragged, random_ids, tiny_config, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from landmark_llama import LandmarkCache, modeling
+from landmark_llama import LandmarkCache
 from landmark_llama.reading import decoding_graphs, table
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
 from landmark_llama.reading.groups import QueryGroups
@@ -69,7 +69,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         groups = groups._replace(candidates=int(groups.first_block.max()))
         return attend_through_table(query, storage, groups, **settings)
 
-    monkeypatch.setattr(modeling, "attend_through_table", attend)
+    monkeypatch.setattr(table, "attend_through_table", attend)
     monkeypatch.setattr(decoding_graphs, "kernels_take", lambda storage, *_: storage.capacity > 0)
     return Recorder()
 
@@ -91,7 +91,7 @@ def test_a_step_with_kernels_waits_for_nothing(
     expected = logits_in_calls(model, ids, calls)
     cache = cache_with(recorder, model.config)
     logits_in_calls(model, ids[:, :14], [14], cache=cache)
-    monkeypatch.setattr(modeling, "attend_through_table", attend_through_table)
+    monkeypatch.setattr(table, "attend_through_table", attend_through_table)
     monkeypatch.setattr(table, "kernels_take", lambda *_: True)  # in Triton's interpreter
     recorder.context = NoHostReads()
     actual = logits_in_calls(model, ids[:, 14:], calls[1:], cache=cache)
@@ -105,7 +105,7 @@ def test_a_step_recorded_before_there_was_anything_to_retrieve_is_not_replayed_a
 ) -> None:
     model, ids = tiny_model(num_hidden_layers=1, num_retrieved_blocks=1, num_local_blocks=1), random_ids(1, 9)
     expected = logits_in_calls(model, ids, [1] * 9)
-    monkeypatch.setattr(modeling, "attend_through_table", attend_through_table)
+    monkeypatch.setattr(table, "attend_through_table", attend_through_table)
     monkeypatch.setattr(table, "kernels_take", lambda *_: True)
     # a block is three tokens and their landmark: from the seventh token on there is a candidate
     actual = logits_in_calls(model, ids, [1] * 9, cache=cache_with(recorder, model.config))
@@ -139,7 +139,7 @@ def test_a_cache_of_another_size_in_the_same_memory_is_recorded_anew(recorder: R
     graphs = DecodingGraphs(recorder)
     for blocks, recorded in ((8, 0), (8, 1), (8, 1), (16, 1), (16, 2)):
         storage = SimpleNamespace(key=memory[:, :, :blocks], value=memory, capacity=blocks, block_size=4)
-        graphs.run(lambda x, _: x + 1, torch.zeros(1, 1, 8), step, storages=[storage], settings=settings, rotary=None)
+        graphs.run(lambda x, _: x + 1, torch.zeros(1, 1, 8), table.Table(step, [storage], settings), rotary=None)
         assert recorder.recorded == recorded
 
 

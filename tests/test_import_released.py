@@ -121,7 +121,7 @@ def test_the_papers_model_reads_chunks_of_204_positions_and_five_blocks(folder: 
         5,
         "token_and_head",
     )
-    assert settings.num_direct_blocks * config.block_size == 512 - 512 % 51 - (5 + 1) * 51
+    assert settings.chunk_blocks * config.block_size == 512 - 512 % 51 - (5 + 1) * 51
 
 
 def test_weights_keep_their_bits_and_rotary_buffers_go(tmp_path: Path) -> None:

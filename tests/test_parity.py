@@ -73,7 +73,7 @@ def test_every_step_of_generation_gives_the_released_logits_and_tokens(
         "num_retrieved_blocks": k,
         "retrieval_granularity": "head" if mode == "max_over_tokens" else "token_and_head",
     }
-    chunk = config.retrieval(**settings).num_direct_blocks * config.block_size
+    chunk = config.retrieval(**settings).chunk_blocks * config.block_size
     assert chunk == int(released[f"{name}/chunk_tokens"])
     output = model.generate(
         torch.from_numpy(released["input_ids"][:, :prompt]),

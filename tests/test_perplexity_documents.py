@@ -6,7 +6,7 @@ import pytest
 import torch
 from byte_models import byte_tokenizer, some_text
 
-from eval_passkey.task import InputError
+from eval_passkey.prompts import InputError
 from eval_perplexity.documents import Document, Protocol, beginning_of_text, encode, read_documents
 
 

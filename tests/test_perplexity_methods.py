@@ -10,7 +10,7 @@ from tolerance import assert_as_accurate
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from eval_passkey.models import find_subject
-from eval_passkey.task import InputError
+from eval_passkey.prompts import InputError
 from eval_perplexity import methods
 from eval_perplexity.methods import Method, Scorer, nll_of_dense_model, nll_of_landmark_model
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
@@ -68,6 +68,15 @@ def test_the_loss_of_a_landmark_model_is_its_own_with_and_without_streaming(leng
     reference, plain = by_hand(logits_of(exact, ids), ids, 9), by_hand(logits_of(model, ids), ids, 9)
     assert_as_accurate(loss(nll_of_landmark_model, exact, ids, 9), plain.float(), reference)
     torch.testing.assert_close(loss(nll_of_landmark_model, model, ids, 9).float()[0], own)
+
+
+def test_padding_of_the_vocabulary_takes_no_probability(landmark):
+    model, ids = LandmarkLlamaForCausalLM.from_pretrained(landmark).eval(), some_ids(1, 41)
+    model.resize_token_embeddings(262)  # from 259
+    model.config.num_padded_tokens = 3
+    with torch.no_grad():
+        own = model(ids[:, :-1], labels=ids).loss * 40
+    torch.testing.assert_close(loss(nll_of_landmark_model, model, ids, 40).float()[0], own)
 
 
 def test_streaming_gives_the_loss_of_one_forward_where_all_blocks_fit(dense, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from byte_models import POSITIONS, byte_tokenizer, save_dense, save_landmark, some_text
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval_passkey.task import InputError
+from eval_passkey.prompts import InputError
 from eval_perplexity import run
 from eval_perplexity.methods import Scorer
 from landmark_llama import LandmarkLlamaForCausalLM

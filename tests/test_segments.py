@@ -86,7 +86,7 @@ def test_where_every_block_is_retrieved_segments_are_one_forward_with_earlier_ke
     model, ids = in_float64(tiny_model(num_local_blocks=0, **settings)).train(), random_ids(2, length)
     loss, _ = train_in_segments(model, ids, tokens)
     actual = gradients(model)
-    monkeypatch.setattr("landmark_llama.modeling.landmark_attention", with_earlier_keys_detached(tokens))
+    monkeypatch.setattr("landmark_llama.attention.whole_rows.landmark_attention", with_earlier_keys_detached(tokens))
     expected = model(ids, labels=ids, num_items_in_batch=1).loss
     expected.backward()
     torch.testing.assert_close(loss, expected.detach().to(loss.dtype))

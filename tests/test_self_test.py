@@ -44,7 +44,7 @@ def test_the_number_stands_where_only_retrieval_reaches(
 
 
 def test_a_long_window_is_not_filled(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "MOST_TOKENS", 200)
+    monkeypatch.setattr(self_test, "MAX_FILLER_TOKENS", 200)
     found = self_test.self_test(model_for(tokenizer, max_position_embeddings=1024), tokenizer)
     assert not found.needs_retrieval and found.prompt_tokens < 200 + 500
     assert "within what is read directly" in str(found)

@@ -20,8 +20,8 @@ SPILLS = {
     "forward_kernel": {80: 128},
     "query_gradient_kernel": {80: 16},
     "key_gradient_kernel": {80: 128, 90: 16},
-    "_choose_kernel": {80: 16},
-    "_attend_kernel": {80: 64, 90: 64},
+    "choose_kernel": {80: 16},
+    "attend_kernel": {80: 64, 90: 64},
 }
 KERNELS = {"training": 3, "inference": 7}  # how many there are
 

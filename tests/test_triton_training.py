@@ -16,7 +16,9 @@ from triton.runtime.errors import OutOfResources
 
 from landmark_llama import landmark_attention
 from landmark_llama.attention import fused, landmark_attention_reference, triton_tiles, triton_training
-from landmark_llama.attention.fused import Tile, fused_landmark_attention
+from landmark_llama.attention.availability import DTYPES
+from landmark_llama.attention.fused import fused_landmark_attention
+from landmark_llama.attention.triton_tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -206,7 +208,7 @@ def test_a_tile_that_the_device_has_no_room_for_gives_way_to_the_next(monkeypatc
 
 def test_every_dtype_and_head_dim_has_a_tile_for_every_kernel() -> None:
     for kernel in fused.TILES:
-        for dtype in fused.DTYPES:
+        for dtype in DTYPES:
             for head_dim in (1, 8, 64, 65, 128, 200, 256):
                 assert fused.tiles(kernel, head_dim, dtype)
 

@@ -1,4 +1,4 @@
-"""Tiny landmark models with weights large enough for attention to choose sharply, and what tests do with them."""
+"""Tiny landmark models for tests. Their weights are large enough for sharp attention."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ WINDOW = {"landmark_token_id": LANDMARK, "block_size": 4, "num_retrieved_blocks"
 
 
 def sharpen(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draws weights anew: activations near 1, attention scores spread by about 2."""
+    """Draws all weights anew, so that activations are near 1 and attention scores spread by about 2."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -57,14 +57,14 @@ def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
 
 
 def random_ids(*shape: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Tensor:
-    """Ordinary token ids other than padding, the landmark and what stands for the beginning of a text."""
+    """Random ids of ordinary tokens: neither padding nor the landmark nor BOS."""
     ids = torch.randint(8, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
     assert not (ids == LANDMARK).any()
     return ids
 
 
 def in_float64(model: LandmarkLlamaForCausalLM) -> LandmarkLlamaForCausalLM:
-    """A copy that computes in float64 throughout, default RoPE: LLaMA's own norm and the RoPE table are in float32."""
+    """A copy, with default RoPE, that computes everything in float64, also the norms and the RoPE table."""
     copy = type(model)(model.config).eval()
     copy.load_state_dict(model.state_dict())
     for name, module in list(copy.named_modules()):
@@ -83,7 +83,7 @@ def in_float64(model: LandmarkLlamaForCausalLM) -> LandmarkLlamaForCausalLM:
 def logits_in_calls(
     model: LandmarkLlamaForCausalLM, ids: Tensor, calls: list[int], cache: LandmarkCache | None = None, **settings: Any
 ) -> Tensor:
-    """Logits of `ids` (batch, length), read through one cache in calls of these lengths, what is left in one more."""
+    """Logits of `ids` (batch, length), read through one cache in calls of these lengths, and one call for the rest."""
     cache = LandmarkCache(model.config) if cache is None else cache
     rest = ids.shape[1] - sum(calls)
     parts = ids.split([*calls, rest] if rest else calls, dim=1)
@@ -91,7 +91,7 @@ def logits_in_calls(
 
 
 def ragged(rows: list[Tensor], pad: int = 0) -> dict[str, Tensor]:
-    """A left-padded batch of rows (length,)."""
+    """A left-padded batch of rows (length,) of different lengths."""
     longest = max(map(len, rows))
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])

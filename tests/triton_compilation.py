@@ -1,10 +1,10 @@
-"""Compiles kernels ahead of time, for chips that need not be there.
+"""Compiles kernels ahead of time, for GPUs that this machine need not have.
 
-    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes, all
+    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes: all
 
-Kernels are compiled as they are called: launching is replaced by recording, so that arguments, tiles and
-specialisation are those of the real call. Prints a JSON row a kernel: registers and spilled bytes a thread, shared
-memory of a program. It is a process of its own because a process either interprets kernels or compiles them.
+The launches of a real call are recorded instead of run, so arguments, tiles and specialisation are those of that call.
+Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program. Runs as a process
+of its own, because a process either interprets kernels or compiles them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # shared memory in bytes that one pro
 
 
 class Recorder:
-    """Stands where kernels are launched and keeps each call."""
+    """Replaces the launching of kernels and records each call."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -53,14 +53,15 @@ class Recorder:
 def compile_call(
     kernel: triton.JITFunction, arguments: dict[str, Any], options: dict[str, Any], capability: int
 ) -> dict[str, Any]:
-    """Compiles one recorded call for a chip of `capability`, specialised as a launch would be."""
+    """Compiles one recorded call for a GPU of `capability`, specialised as a launch would be."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def specialise(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
         if isinstance(value, tuple):
-            return tuple(specialise(x, (*path, i)) for i, x in enumerate(value))
+            parts = [specialise(x, (*path, i)) for i, x in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # a named tuple keeps its names
         if constant or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
@@ -82,7 +83,7 @@ def compile_call(
 
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers a thread and bytes that a thread spills, as the assembler says."""
+    """Registers and spilled bytes of a thread, as reported by the assembler."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
@@ -109,7 +110,7 @@ SHAPES = {
 
 
 def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
-    """What a training step launches at one of `SHAPES`: for each kernel its tiles, from the largest."""
+    """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first."""
     from landmark_llama.attention import fused
 
     heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
@@ -128,31 +129,45 @@ def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
 
 
 def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
-    """What reading through the cache launches at one of `SHAPES`, for a choice of each query and a shared one."""
+    """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one."""
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton
-    from landmark_llama.reading.triton_rows import QueryRows
+    from landmark_llama.reading.groups import QueryGroups
 
     heads, kv_heads, head_dim, block_size, k, dtype, queries = SHAPES[name]
     table_triton.shared_memory = lambda device: memory
-    groups, capacity = 2, 2048
-    query = torch.empty(1, groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
+    num_groups, capacity = 2, 2048
+    query = torch.empty(1, num_groups * queries, kv_heads, heads // kv_heads, head_dim, dtype=dtype)
     landmark = torch.empty(1, kv_heads, capacity, head_dim, dtype=dtype)
     block = landmark.unsqueeze(3).expand(-1, -1, -1, block_size, -1)  # never read
-    index = torch.zeros(1, groups, queries, dtype=torch.long)
-    rows = QueryRows(index, index.bool(), index, index[..., 0].contiguous())
+    groups = QueryGroups.of(
+        torch.tensor([64 * block_size]),
+        torch.tensor([num_groups * queries]),
+        num_direct_blocks=1,
+        tile_blocks=1,
+        chunked=False,
+        share=queries > 1,
+        block_size=block_size,
+    )
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
-        choice = choice_triton.select_blocks(query, landmark, rows, k=k, share=share, landmarks_tie=tie, **settings)
-        table_triton.attend_table(query, block, block, rows, choice, one_block=not tie, **settings)
-    table_triton.attend_table(query, block, block, rows, None, one_block=True, **settings)
+        choice = choice_triton.select_blocks(query, landmark, groups, k=k, share=share, landmarks_tie=tie, **settings)
+        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **settings)
+    table_triton.attend_table(query, block, block, groups, None, one_block=True, **settings)
     recorded, recorder.calls = recorder.calls, []
     yield from ([call] for call in recorded)
 
 
+def constants(value: Any) -> Any:
+    """What a kernel may be compiled for: numbers that are no floats, also inside tuples; None for everything else."""
+    if isinstance(value, tuple):
+        return tuple(constants(x) for x in value)
+    return value if isinstance(value, int) else None
+
+
 def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for every different kernel of a family (`training`, `inference`) at the shapes `names`.
+    """A row for each distinct kernel of a family (`training`, `inference`) at the shapes `names`.
 
     Of a kernel's tiles the first counts that the chip has room for, or the last.
     """
@@ -163,8 +178,7 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
         calls = training_calls(name, recorder) if family == "training" else inference_calls(name, recorder, memory)
         for tiles in calls:
             kernel, arguments, options = tiles[0]
-            constants = {k: v for k, v in arguments.items() if not isinstance(v, (torch.Tensor, float))}
-            key = (kernel.fn.__name__, *sorted(constants.items()), *sorted(options.items()))
+            key = (kernel.fn.__name__, *((k, constants(v)) for k, v in arguments.items()), *sorted(options.items()))
             if key in seen:
                 continue
             seen.add(key)
@@ -172,7 +186,7 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
                 row = compile_call(kernel, arguments, options, capability)
                 if row["shared"] <= memory:
                     break
-            tile = {name: arguments[name] for name in ("ROWS", "M", "N") if name in arguments}
+            tile = {name: arguments[name] for name in ("M", "N") if name in arguments}
             yield {"shape": name, "tile": tile, **row}
 
 

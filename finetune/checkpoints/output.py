@@ -14,12 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from finetune.arguments import RunArguments, UserError
 from finetune.checkpoints.disk import flush_to_disk, is_disk_full, write_json
 from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_another_run, refuse_damage
+from landmark_llama.hub import LOADER
 
 METRICS = "metrics.json"
 # What a run writes beside its checkpoints; `--overwrite_output_dir` deletes these and nothing else.
 RUN_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial", LOADER,
     "adapter_config.json", "adapter_model.safetensors", "landmark_adapter.json", METRICS, SETTINGS,
 )  # fmt: skip
 
@@ -34,7 +35,8 @@ def checkpoints(output_dir: Path, complete: bool = True) -> list[Path]:
 class CompleteCheckpoints(TrainerCallback):
     """Marks a checkpoint once all of it is on the disk, and only then deletes the oldest, beyond the last `keep`.
 
-    The Trainer's own `save_total_limit` deletes before the mark can be set, so the limit is given here instead.
+    The best one stays, where `load_best_model_at_end` will ask for it. The Trainer's own `save_total_limit` deletes
+    before the mark can be set, so the limit is given here instead.
     """
 
     def __init__(self, keep: int | None) -> None:
@@ -54,8 +56,10 @@ class CompleteCheckpoints(TrainerCallback):
             if path.is_file():
                 flush_to_disk(path)
         write_json(checkpoint / COMPLETE, {"step": state.global_step, "files": file_sizes(checkpoint)})
+        best = Path(state.best_model_checkpoint or "").name if args.load_best_model_at_end else None
         for old in checkpoints(output_dir)[: -self.keep] if self.keep else []:
-            delete_checkpoint(old)
+            if old.name != best:
+                delete_checkpoint(old)
 
 
 def delete_checkpoint(checkpoint: Path) -> None:

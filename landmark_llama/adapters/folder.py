@@ -1,8 +1,8 @@
-"""Adapters (LoRA with a trained landmark row): what their folder holds, whether it belongs to a model, loading it.
+"""Reads an adapter's folder (LoRA with a trained landmark row) and checks that it belongs to a model and tokenizer.
 
-An adapter's folder holds peft's two files, the tokenizer, `config.json` (the whole landmark configuration that it was
-trained with) and `landmark_adapter.json` (which tokenizer that was). peft itself is imported only where a model is
-built, so that reading and merging adapters needs nothing but the library (`docs/adapters.md`).
+The folder holds peft's two files, the tokenizer, `config.json` (the whole landmark configuration used in training) and
+`landmark_adapter.json` (a fingerprint of the tokenizer). This file does not import peft, so that reading and merging
+an adapter does not need it (`docs/adapters.md`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_RECORD = (
 )
 EMBEDDING = "embed_tokens"
 LANDMARK_ROW = f"base_model.model.model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
-# What a base has to share with the model that the adapter was trained on.
+# Fields in which a base must equal the model that the adapter was trained on.
 SHAPE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "tie_word_embeddings",
@@ -45,14 +45,14 @@ def is_adapter(folder: str | PathLike[str]) -> bool:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's vocabulary: which token has which id."""
+    """SHA-256 of a tokenizer's vocabulary, that is, of its tokens and their ids."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's folder says, its weights still on the disk."""
+    """The contents of an adapter's folder; the weights are listed but not loaded."""
 
     folder: Path
     peft: dict[str, Any]  # adapter_config.json
@@ -62,11 +62,11 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: str | PathLike[str]) -> Adapter:
-        """Reads a local folder or one of the hub; its files, and whether they hold a landmark row.
+        """Reads an adapter from a local folder or hub id, and checks that it has a trained landmark row.
 
         Raises:
             OSError: a file is missing or damaged.
-            ValueError: the adapter was trained without its landmark's embedding row, or for another landmark id.
+            ValueError: the landmark's embedding row was not trained or not saved.
         """
         path = local_folder(folder)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", TOKENIZER_RECORD):
@@ -90,30 +90,32 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The checkpoint that it was trained on: a folder or a hub id."""
+        """The checkpoint that the adapter was trained on: a folder or a hub id."""
         return self.peft["base_model_name_or_path"]
 
     def _check_landmark_row(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        trained = self.peft.get("trainable_token_indices")
-        trained = trained.get(EMBEDDING) if isinstance(trained, dict) else trained
-        if trained != [self.config.landmark_token_id]:
+        """Raises ValueError unless the landmark's embedding row, and no other, was trained and saved."""
+        trained_rows = self.peft.get("trainable_token_indices")
+        trained_rows = trained_rows.get(EMBEDDING) if isinstance(trained_rows, dict) else trained_rows
+        if trained_rows != [self.config.landmark_token_id]:
             raise ValueError(
-                f"{self.folder}: trained the embedding rows {trained or 'of no token'}, not the one of its landmark, "
-                f"{self.config.landmark_token_id}; an untrained landmark finds nothing: train it with finetune/run.py"
+                f"{self.folder}: trained the embedding rows {trained_rows or 'of no token'}, not the one of its "
+                f"landmark, {self.config.landmark_token_id}; an untrained landmark finds nothing: train it with "
+                "finetune/run.py"
             )
         if shapes.get(LANDMARK_ROW) != (1, self.config.hidden_size):
             raise ValueError(
                 f"{self.folder}: {ADAPTER_WEIGHTS} lacks the landmark's embedding row ({LANDMARK_ROW} of shape "
-                f"(1, {self.config.hidden_size})), without which the model finds nothing: save the adapter again with "
-                "save_pretrained of the model that landmark_llama or finetune/run.py made"
+                f"(1, {self.config.hidden_size})), without which the model finds nothing: save the adapter again, with "
+                "the save_pretrained of a model made by landmark_llama.load_adapter or finetune/run.py"
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError if `tokenizer`, the landmark token added, is not the one it was trained with."""
+        """Raises ValueError unless `tokenizer`, with its landmark token, has the vocabulary used in training."""
         self.check_fingerprint(tokenizer_fingerprint(tokenizer), tokenizer.name_or_path)
 
     def check_fingerprint(self, fingerprint: str, name: str) -> None:
-        """As `check_tokenizer`, for a tokenizer already reduced to its fingerprint."""
+        """The same for a tokenizer's fingerprint. `name` is the tokenizer's, for the message."""
         if fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
                 f"tokenizer {name}: its vocabulary is not the one that the adapter {self.folder} was trained with; "
@@ -121,21 +123,15 @@ class Adapter:
             )
 
     def check_base(self, config: LlamaConfig, name: str | PathLike[str]) -> None:
-        """Raises ValueError if a model of this configuration, landmark or vanilla, cannot be what it was trained on."""
+        """Raises ValueError unless a model of this configuration, landmark or vanilla, can be the adapter's base."""
         own, remedy = self.config, f"the adapter {self.folder} was trained on {self.base}: give that"
-        for field in SHAPE:
+        is_vanilla = not isinstance(config, LandmarkLlamaConfig)
+        for field in SHAPE if is_vanilla else (*SHAPE, "landmark_token_id", "vocab_size", "block_size"):
             if getattr(config, field) != getattr(own, field):
                 raise ValueError(f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}")
-        if isinstance(config, LandmarkLlamaConfig):
-            for field in ("landmark_token_id", "vocab_size", "block_size"):
-                if getattr(config, field) != getattr(own, field):
-                    raise ValueError(
-                        f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}"
-                    )
-        # the landmark took a spare row, or the one behind the last
-        elif config.vocab_size != own.vocab_size and not (
-            config.vocab_size == own.landmark_token_id == own.vocab_size - 1
-        ):
+        # adding the landmark either used a spare embedding row or appended one
+        appended = config.vocab_size == own.landmark_token_id == own.vocab_size - 1
+        if is_vanilla and config.vocab_size != own.vocab_size and not appended:
             raise ValueError(
                 f"{name}: its vocabulary of {config.vocab_size} tokens is not that of {own.vocab_size} with landmark "
                 f"{own.landmark_token_id}; {remedy}"
@@ -147,20 +143,20 @@ class Adapter:
         tokenizer: PreTrainedTokenizerBase,
         **from_pretrained: Any,
     ) -> LandmarkLlamaForCausalLM:
-        """The landmark LLaMA that the adapter goes on: `source` with the landmark and the settings it was trained with.
+        """The landmark LLaMA that the adapter is put on: `source`, with the adapter's landmark settings.
 
-        source: a folder, a hub id or a loaded model, vanilla or with landmarks.
+        source: a folder, a hub id or a loaded model; vanilla LLaMA or landmark LLaMA.
         """
         settings = {name: getattr(self.config, name) for name in LANDMARK_SETTINGS}
-        loaded = isinstance(source, LlamaForCausalLM)
-        config = source.config if loaded else AutoConfig.from_pretrained(source)
-        self.check_base(config, type(source).__name__ if loaded else source)
+        is_loaded = isinstance(source, LlamaForCausalLM)
+        config = source.config if is_loaded else AutoConfig.from_pretrained(source)
+        self.check_base(config, type(source).__name__ if is_loaded else source)
         if not isinstance(config, LandmarkLlamaConfig):
             return LandmarkLlamaForCausalLM.from_llama(
                 source, tokenizer, self.config.block_size, **settings, **from_pretrained
             )
         for name, value in settings.items():
             setattr(config, name, value)
-        if loaded:
+        if is_loaded:
             return source
         return LandmarkLlamaForCausalLM.from_pretrained(source, config=config, **from_pretrained)

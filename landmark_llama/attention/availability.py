@@ -1,4 +1,4 @@
-"""Whether Triton is there, which PyTorch brings on Linux with CUDA and not everywhere else."""
+"""Which GPU kernels can run here: whether Triton is installed, and which queries the kernels take."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import importlib.util
 import warnings
 
 import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
 
 
 @torch.compiler.assume_constant_result
 def triton_is_installed() -> bool:
-    """Whether the GPU kernels can be used; warns once where they cannot."""
+    """Whether Triton is installed: PyTorch brings it on Linux with CUDA, not everywhere. Warns once where it is not."""
     return _find_triton()
 
 
@@ -26,3 +30,27 @@ def _find_triton() -> bool:
             stacklevel=4,
         )
     return installed
+
+
+def unsupported(query: Tensor) -> str | None:
+    """Why no kernel takes `query` (..., head_dim), or None. Needs Triton."""
+    if not query.is_cuda and not _interpreted():
+        return f"query is on {query.device}: the Triton kernels run on CUDA devices"
+    return unsupported_rows(query.dtype, query.shape[-1])
+
+
+def unsupported_rows(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why no kernel takes rows of `head_dim` elements of `dtype`, or None."""
+    if dtype not in DTYPES:
+        return f"query is {dtype}: the Triton kernels support float16, bfloat16 and float32"
+    if head_dim > MAX_HEAD_DIM:
+        return f"query has head_dim {head_dim}: the Triton kernels support at most {MAX_HEAD_DIM}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on tensors of any device."""
+    import triton
+
+    return triton.knobs.runtime.interpret

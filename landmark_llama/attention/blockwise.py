@@ -1,12 +1,12 @@
 """Landmark attention in PyTorch, block by block: the fast path without a GPU kernel.
 
-Four functions share one tile of work, a set of queries against whole blocks of keys:
+Four functions, which share how a set of queries reads whole blocks of keys:
 
-- `blockwise_landmark_attention`: causal attention over one sequence, with a backward of its own. It walks over query
-  tiles, reads only the blocks that a tile can see, and keeps one number a (query, block) for the backward.
-  `attend_sequence` is the same, returning the logsumexp too.
-- `attend_window`: each group of queries over its own short window of consecutive blocks, returning the logsumexp too.
-- `attend_retrieved`: each group of queries over blocks that it chose, merged with the result of `attend_window`.
+- `blockwise_landmark_attention`: causal attention over one sequence, with its own backward. It walks over tiles of
+  queries, reads only the blocks that a tile can see, and saves one number for each query and block for the backward.
+  `attend_sequence` is the same and also returns the logsumexp.
+- `attend_window`: groups of queries, each over its own short window of consecutive blocks. Also returns the logsumexp.
+- `attend_gathered`: groups of queries over the blocks gathered for them, merged with the result of `attend_window`.
 
 Formulas: `docs/attention.md`. Everything is computed in fp32 (float64 for float64 inputs).
 """
@@ -21,10 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from landmark_llama.attention.reference import seen_blocks
 
-# positions of a query tile, rounded to whole blocks: small enough to skip most of what causality zeroes
+# positions of a query tile, rounded to whole blocks: small, to skip most of what the causal mask hides
 QUERY_TILE = 64
-# scores whose exponentials, summed over a block, stay far from the largest and the smallest number of fp32
-SMALL_SCORE = 60.0
+# Largest size of a score whose exponential is taken as it is, without subtracting its block's peak. Sums of such
+# exponentials over a block stay far from the largest and the smallest number of fp32.
+LARGEST_PLAIN_SCORE = 60.0
 
 
 def blockwise_landmark_attention(
@@ -43,11 +44,11 @@ def blockwise_landmark_attention(
 
 
 def attend_sequence(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal landmark attention to which blocks from elsewhere can be added; arguments as in `landmark_attention`.
+    """Causal landmark attention that can be merged with other blocks; arguments as in `landmark_attention`.
 
     Returns:
         The output (batch, heads, query_length, head_dim), and the logsumexp (batch, heads, query_length) of each
-        query's own group. Both in the computing dtype, both differentiable.
+        query's own group, which the merge needs. Both in the computing dtype, both differentiable.
     """
     return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, None)
 
@@ -58,15 +59,15 @@ def attend_window(
     """Landmark attention of groups of queries over their windows of consecutive blocks.
 
     Args:
-        query: (..., queries, head_dim), one group along each of the leading dimensions.
-        key, value: (..., blocks * block_size, head_dim), the group's window.
-        position: (..., queries), integer, or what broadcasts to it: where in its window each query stands. It sees the
-            ordinary tokens of its own block up to there and earlier blocks of the window through their landmarks.
+        query: (..., queries, head_dim). The leading dimensions count the groups.
+        key, value: (..., blocks * block_size, head_dim): the window of each group.
+        position: (..., queries), integer, or broadcastable to that: where in its window each query stands. It sees the
+            ordinary tokens of its own block up to there, and earlier blocks of the window through their landmarks.
         first: (..., queries): the first block of the window that each query sees.
 
     Returns:
-        The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group:
-        what the window weighs when blocks from elsewhere are merged in. Both in the computing dtype.
+        The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group, which
+        `attend_gathered` needs. Both in the computing dtype.
     """
     query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
     scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
@@ -75,19 +76,19 @@ def attend_window(
     return weights.flatten(-2) @ value, lse
 
 
-def attend_retrieved(
-    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Adds retrieved blocks to the attention over a window.
+def attend_gathered(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor]) -> Tensor:
+    """Adds the blocks gathered for each group of queries to the attention over its window.
+
+    `reading.segments.attend_chosen` computes the same from the blocks of a whole text, and is differentiable.
 
     Args:
-        query: (..., blocks, queries, head_dim): the queries, scaled, rotated to their distance to each retrieved block.
-        key, value: (..., blocks, block_size, head_dim): the retrieved blocks.
-        chosen: (..., blocks, 1), boolean: False where a query has fewer blocks to retrieve than there is room for.
-        window: what `attend_window` gave for the same queries: (..., queries, head_dim) and (..., queries).
+        query: (..., blocks, queries, head_dim): the queries, scaled, rotated to their distance to each gathered block.
+        key, value: (..., blocks, block_size, head_dim): the blocks that the group's queries chose.
+        chosen: (..., blocks, 1), boolean: False where a group chose fewer blocks than `blocks`.
+        window: output (..., queries, head_dim) and logsumexp (..., queries) of `attend_window` for the same queries.
 
     Returns:
-        (..., queries, head_dim): attention over the window and the retrieved blocks together.
+        (..., queries, head_dim): attention over the window and the gathered blocks together.
     """
     query, key, value = _upcast(query), _upcast(key), _upcast(value)
     window_output, window_lse = window
@@ -98,12 +99,12 @@ def attend_retrieved(
     lse = torch.logaddexp(window_lse, landmark.logsumexp(-2))
     total, _ = _exponentials_(scores, small)
     scores.mul_(((landmark - lse.unsqueeze(-2)).exp() / total).unsqueeze(-1))
-    retrieved = scores.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
-    return window_output * (window_lse - lse).exp().unsqueeze(-1) + retrieved
+    gathered = scores.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
+    return window_output * (window_lse - lse).exp().unsqueeze(-1) + gathered
 
 
 class _BlockwiseLandmarkAttention(torch.autograd.Function):
-    """Forward and backward over query tiles; GQA by folding the query heads of a KV head into the tile's queries."""
+    """Forward and backward over query tiles. Query heads that share a KV head stand together in a tile's queries."""
 
     @staticmethod
     def forward(
@@ -115,11 +116,11 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         scale: float,
         retrieval: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        tiles = _Tiles(query, key, value, block_size, scale)
+        tiles = _QueryTiles(query, key, value, block_size, scale)
         output = torch.empty_like(tiles.query)
         lse = output.new_empty(output.shape[:-1])
         adjusts = []
-        small = products_are_small(tiles.query, tiles.key, SMALL_SCORE)
+        small = products_are_small(tiles.query, tiles.key, LARGEST_PLAIN_SCORE)
         for rows, blocks, position in tiles:
             scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
             scores = scores.unflatten(-1, (-1, block_size))
@@ -139,12 +140,12 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, *adjusts = ctx.saved_tensors
-        tiles = _Tiles(query, key, value, ctx.block_size, ctx.scale)
+        tiles = _QueryTiles(query, key, value, ctx.block_size, ctx.scale)
         grad = torch.zeros_like(output) if grad is None else tiles.fold(grad).contiguous()
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
         if grad_lse is not None:
-            mean -= tiles.fold(grad_lse.unsqueeze(-1))  # the own group's weights are the logsumexp's derivatives
+            mean -= tiles.fold(grad_lse.unsqueeze(-1))  # the logsumexp's derivatives are the own group's weights
         for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
             q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
             scores = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
@@ -164,20 +165,20 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         )
 
 
-class _Tiles:
+class _QueryTiles:
     """Query tiles of one attention call, with the key blocks that each can see.
 
-    `query`, scaled: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that
-    share a KV head stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks,
-    head_dim).
+    query: (batch, kv_heads, heads_per_kv * query_length, head_dim), scaled: tile after tile, and in each tile the
+        queries of one head after those of another.
+    key, value: (batch, kv_heads, length of whole blocks, head_dim).
     """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> None:
         self.block_size = block_size
-        self.group = query.shape[1] // key.shape[1]
+        self.heads_per_kv = query.shape[1] // key.shape[1]
         self.query_length, self.key_length = query.shape[-2], key.shape[-2]
         missing = -self.key_length % block_size
-        # contiguous, or each tile's product would copy what it takes of them
+        # contiguous, or each tile's product would copy the part that it reads
         self.key, self.value = (
             (torch.nn.functional.pad(_upcast(x), (0, 0, 0, missing)) if missing else _upcast(x)).contiguous()
             for x in (key, value)
@@ -185,7 +186,7 @@ class _Tiles:
         self.query = (self.fold(query) * scale).contiguous()
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last-but-one query of each tile; tiles end at block boundaries of the keys."""
+        """First query of each tile, and one past its last. Tiles end at block boundaries of the keys."""
         tile = max(1, QUERY_TILE // self.block_size) * self.block_size
         offset = self.key_length - self.query_length
         ends = range(offset - offset % tile + tile, self.key_length + tile, tile)
@@ -197,23 +198,23 @@ class _Tiles:
         offset = self.key_length - self.query_length
         for first, stop in self.bounds():
             visible = -(-(offset + stop) // self.block_size) * self.block_size
-            position = torch.arange(offset + first, offset + stop, device=self.query.device).repeat(self.group)
-            yield slice(first * self.group, stop * self.group), slice(0, visible), position
+            position = torch.arange(offset + first, offset + stop, device=self.query.device).repeat(self.heads_per_kv)
+            yield slice(first * self.heads_per_kv, stop * self.heads_per_kv), slice(0, visible), position
 
     def fold(self, x: Tensor) -> Tensor:
         """(batch, heads, length, head_dim) to the layout of `query`."""
         x = _upcast(x)
-        if self.group == 1:
+        if self.heads_per_kv == 1:
             return x
-        x = x.unflatten(1, (-1, self.group))
+        x = x.unflatten(1, (-1, self.heads_per_kv))
         return torch.cat([x[..., first:stop, :].flatten(2, 3) for first, stop in self.bounds()], dim=2)
 
     def unfold(self, x: Tensor) -> Tensor:
         """The inverse of `fold`."""
-        if self.group == 1:
+        if self.heads_per_kv == 1:
             return x
-        tiles = [x[..., first * self.group : stop * self.group, :] for first, stop in self.bounds()]
-        return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
+        tiles = [x[..., first * self.heads_per_kv : stop * self.heads_per_kv, :] for first, stop in self.bounds()]
+        return torch.cat([tile.unflatten(2, (self.heads_per_kv, -1)) for tile in tiles], dim=3).flatten(1, 2)
 
 
 def _normalise_(
@@ -224,13 +225,13 @@ def _normalise_(
     Args:
         scores: (..., queries, blocks, block_size), scaled; overwritten.
         position: (..., queries): position of each query among the blocks' positions.
-        unseen: (..., queries, blocks), boolean: earlier blocks that a query does not see; by default it sees all.
-        small: whether the scores are known to be small (`_are_small`); otherwise they are looked at.
+        unseen: (..., queries, blocks), boolean: earlier blocks that a query does not see; None: it sees all.
+        small: the scores are known to be small (`_are_small`); otherwise this is checked.
 
     Returns:
-        weights, of the shape of `scores`; what to add to the scores of a block so that the exponential gives the
-        weights, (..., queries, blocks), -inf for blocks that are not seen; the logsumexp of the own group, (...,
-        queries).
+        weights: the shape of `scores`.
+        adjust: (..., queries, blocks): `exp(scores + adjust)` are the weights of a block; -inf for unseen blocks.
+        lse: (..., queries): the logsumexp of the own group.
     """
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
@@ -247,24 +248,24 @@ def _normalise_(
 
 
 def _are_small(scores: Tensor) -> bool:
-    """Whether the exponentials of all scores can be taken as they are: finding each block's peak takes much longer."""
+    """Whether all scores are small enough to take their exponentials as they are, much faster than over each peak."""
     if not scores.numel():
         return True
     lowest, highest = scores.aminmax()
-    return bool((lowest > -SMALL_SCORE) & (highest < SMALL_SCORE))
+    return bool((lowest > -LARGEST_PLAIN_SCORE) & (highest < LARGEST_PLAIN_SCORE))
 
 
 def products_are_small(query: Tensor, key: Tensor, limit: float) -> bool:
-    """Whether no score of `query` and `key` (..., head_dim) can exceed `limit`, either way, by their lengths alone."""
+    """Whether the norms of `query` and `key` (..., head_dim) show that every score lies between -limit and limit."""
     if not query.numel() or not key.numel():
         return True
     return bool(query.norm(dim=-1).amax() * key.norm(dim=-1).amax() < limit)
 
 
 def _exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
-    """Exponentials of `scores` (..., block_size), in place; their sums, and the logsumexps, (...).
+    """Exponentials of `scores` (..., block_size), in place. Returns their sums and the logsumexps, each (...).
 
-    Unless all scores are `small`, exponentials and sums are over each block's own peak.
+    Unless all scores are `small`, each block's peak is subtracted from its scores first.
     """
     if small:
         total = _sum(scores.exp_())
@@ -275,14 +276,14 @@ def _exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension, which is short: as a matrix product it takes half the time."""
+    """Sum over the last dimension, which is short: a matrix product takes half the time of `sum`."""
     return x @ x.new_ones(x.shape[-1])
 
 
 def _hide_(scores: Tensor, position: Tensor) -> None:
-    """Sets landmarks and the later part of each query's own block to -inf.
+    """Sets landmarks and the later part of each query's own block to -inf, in place.
 
-    Blocks after a query's own keep their scores, finite as they are: `_normalise_` takes their share away.
+    Blocks after a query's own keep their finite scores: `_normalise_` gives them weight 0.
     """
     block_size = scores.shape[-1]
     scores[..., -1] = -torch.inf
@@ -298,7 +299,7 @@ def _hide_(scores: Tensor, position: Tensor) -> None:
 def _grad_scores_(
     scores: Tensor, grad_weights: Tensor, adjust: Tensor, mean: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights and the gradient of the scores, in place of `scores` and `grad_weights`; the rest is from `_normalise_`.
+    """Weights and the gradient of the scores, written into `scores` and `grad_weights`; `adjust`: of `_normalise_`.
 
     With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark, `D` the row's mean:
     `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`,

@@ -1,4 +1,4 @@
-"""Landmark attention as it is defined, in a few lines of PyTorch: what every faster form is tested against.
+"""The definition of landmark attention, in a few lines of PyTorch. Every faster form is tested against it.
 
 Scores `s[i, j] = scale * q_i . k_j`. A query in block `b` has one softmax, its *own group*, over the ordinary tokens
 of its block up to itself and the landmarks of the earlier blocks; each earlier block has one softmax over its ordinary
@@ -87,23 +87,23 @@ def landmark_attention_weights(
         members = earlier & (block == c)
         landmark = scores[..., (c + 1) * block_size - 1, None]
         inside = torch.where(members, scores, -torch.inf)
-        # rows that do not see block c have nothing to normalise: 0 keeps their unused branch finite, backward too
+        # a row that does not see block c takes the logsumexp of zeros: finite, so that no NaN enters its gradient
         norm = torch.where(members.any(-1, keepdim=True), inside, 0.0).logsumexp(-1, keepdim=True)
         logits = torch.where(members, scores - norm + landmark, logits)
     return logits.softmax(-1)
 
 
 def seen_blocks(landmark: Tensor, own: Tensor, num_retrieved_blocks: int, num_direct_blocks: int) -> Tensor:
-    """Which blocks a query sees that retrieves the best of the earlier ones, as it does while reading long texts.
+    """Which blocks each query sees if it retrieves the best of the earlier ones, as in reading long texts.
 
     Args:
-        landmark: (..., queries, blocks): scores of the blocks' landmarks; those of the own block and later have no say.
+        landmark: (..., queries, blocks): scores of the blocks' landmarks. Those of the own block and later are ignored.
         own: (..., queries): block of each query.
-        num_retrieved_blocks: of the candidates those with the highest scores are seen, and what ties with the last one.
-        num_direct_blocks: blocks before the own one that are always seen; the candidates are the blocks before them.
+        num_retrieved_blocks: a query sees so many candidates with the highest scores, and all that tie with the last.
+        num_direct_blocks: blocks before the own one that are always seen. The blocks before these are the candidates.
 
     Returns:
-        Boolean, the shape of `landmark`; the own block counts as seen.
+        Boolean, the shape of `landmark`. The own block is seen.
     """
     block, own = torch.arange(landmark.shape[-1], device=landmark.device), own.unsqueeze(-1)
     seen = (block >= own - num_direct_blocks) & (block <= own)

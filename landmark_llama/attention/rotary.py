@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class RotaryTable(NamedTuple):
+class RotaryTable:
     """Cosines and sines of the angles of positions 0 .. length - 1.
 
-    `cos`, `sin`: (length, head_dim / 2), fp32, of unit length.
-    `scaling`: factor that the RoPE type puts on queries and on keys. It is left to the scale of the scores, so that a
-        key may be rotated twice: by its offset inside its block, then by its block's slot.
+    A plain class: FSDP casts every tensor that it finds in the tuples, lists, dicts and dataclasses of a call, and this
+    table must stay in fp32.
+
+    Args:
+        cos, sin: (length, head_dim / 2), fp32, of unit length.
+        scaling: factor that the RoPE type puts on queries and on keys. `rotate` leaves it out, so that a key can be
+            rotated twice: by its offset inside its block, then by its block's slot. Put its square into the scale of
+            the scores.
     """
 
-    cos: Tensor
-    sin: Tensor
-    scaling: float = 1.0
+    def __init__(self, cos: Tensor, sin: Tensor, scaling: float = 1.0) -> None:
+        self.cos = cos
+        self.sin = sin
+        self.scaling = scaling
 
     def rotate(self, x: Tensor, position: Tensor | slice) -> Tensor:
         """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...).
@@ -27,6 +33,10 @@ class RotaryTable(NamedTuple):
         """
         return _Rotation.apply(x, self.cos[position], self.sin[position])
 
+    def rotate_all(self, position: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`rotate` of several tensors by the same positions."""
+        return tuple(self.rotate(x, position) for x in tensors)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
         """The same table on `device` (the signature that accelerate's device hooks call)."""
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
@@ -34,7 +44,7 @@ class RotaryTable(NamedTuple):
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotation by angles (..., head_dim / 2) that broadcast; written in place, and back by the opposite angles."""
+    """Rotation by angles (..., head_dim / 2) that broadcast. Its backward rotates by the opposite angles."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,7 +53,7 @@ class _Rotation(torch.autograd.Function):
         first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         rotated = first.new_empty(*torch.broadcast_shapes(first.shape, cos.shape)[:-1], x.shape[-1])
         halves = rotated.chunk(2, dim=-1)
-        # in place, not as `out=`, which torch.compile would write beside the views
+        # in place: with `out=`, torch.compile would not write into these views
         halves[0].copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
         halves[1].copy_(second).mul_(cos).addcmul_(first, sin)
         return rotated.to(x.dtype)

@@ -1,1 +1,1 @@
-"""Checkpoints: their files, conversion from LLaMA, and what the paper's released code left."""
+"""Checkpoints: reading and writing their files, converting a LLaMA, importing what the paper's released code saved."""

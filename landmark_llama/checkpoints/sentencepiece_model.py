@@ -1,8 +1,9 @@
-"""Reads LLaMA's `tokenizer.model` and makes the exact fast tokenizer of it, without sentencepiece or protobuf.
+"""Turns LLaMA's `tokenizer.model` into a fast tokenizer that gives exactly its ids.
 
-A byte-pair model in SentencePiece's format lists pieces with scores, and merges whatever neighbours give the piece of
-the highest score. Tokenizers of the `tokenizers` library list the merges instead: every way of cutting a piece into two
-others, best piece first. (transformers' `LlamaTokenizer` gives other ids for some texts, `docs/checkpoints.md`.)
+SentencePiece's byte-pair model lists pieces with scores. It merges the two neighbours whose joined piece has the
+highest score, again and again. The `tokenizers` library wants a list of merges instead. So this file lists, best piece
+first, every way to cut a piece into two other pieces. It needs neither sentencepiece nor protobuf. (transformers' own
+`LlamaTokenizer` gives other ids for some texts: see `docs/checkpoints.md`.)
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ SPACE = "▁"
 
 
 def read_tokenizer_model(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.model`, which puts BOS in front of a text as LLaMA's does.
+    """Reads a `tokenizer.model`. The tokenizer puts BOS in front of a text, as LLaMA's does.
 
     Raises:
         OSError: the file is truncated or damaged.
-        ValueError: it is of a kind that LLaMA's is not: no byte-pair model, or one that rewrites characters.
+        ValueError: it is not of LLaMA's kind: not a byte-pair model, or one that rewrites characters.
     """
     pieces: list[tuple[str, float, int]] = []
     settings = {TRAINER: {}, NORMALIZER: {}}
@@ -47,21 +48,17 @@ def read_tokenizer_model(path: Path) -> Tokenizer:
 
 
 def _tokenizer(pieces: list[tuple[str, float, int]]) -> Tokenizer:
-    vocabulary = {text: token for token, (text, _, _) in enumerate(pieces)}
-    special = {kind: [text for text, _, its in pieces if its == kind] for kind in (UNKNOWN, CONTROL)}
-    scores = {text: score for text, score, kind in pieces if kind in (NORMAL, USER_DEFINED)}
-    merges = []
-    for text in sorted(scores, key=lambda text: (-scores[text], vocabulary[text])):
-        cuts = ((text[:at], text[at:]) for at in range(1, len(text)))
-        known = [(left, right) for left, right in cuts if left in scores and right in scores]
-        merges += sorted(known, key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
-    unknown = special[UNKNOWN][0]
+    """Builds the tokenizer from `pieces`: text, score and type of each, in the order of their ids."""
+    vocabulary = {text: token_id for token_id, (text, _, _) in enumerate(pieces)}
+    unknown = [text for text, _, kind in pieces if kind == UNKNOWN]
+    control = [text for text, _, kind in pieces if kind == CONTROL]
     byte_fallback = any(kind == BYTE for _, _, kind in pieces)
-    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+    merges = _merges({text: score for text, score, kind in pieces if kind in (NORMAL, USER_DEFINED)}, vocabulary)
+    model = models.BPE(vocabulary, merges, unk_token=unknown[0], fuse_unk=True, byte_fallback=byte_fallback)
     tokenizer = Tokenizer(model)
-    tokenizer.add_special_tokens([unknown, *special[CONTROL]])
+    tokenizer.add_special_tokens([unknown[0], *control])
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    begin = special[CONTROL][0]
+    begin = control[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, vocabulary[begin])]
     )
@@ -71,8 +68,18 @@ def _tokenizer(pieces: list[tuple[str, float, int]]) -> Tokenizer:
     return tokenizer
 
 
+def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every cut of a piece into two pieces, sorted by the score of the whole, then by the ids of the parts."""
+    merges = []
+    for text in sorted(scores, key=lambda text: (-scores[text], vocabulary[text])):
+        cuts = ((text[:at], text[at:]) for at in range(1, len(text)))
+        known = [(left, right) for left, right in cuts if left in scores and right in scores]
+        merges += sorted(known, key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
+    return merges
+
+
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The numbered fields of a protobuf message: integers, or the bytes of whatever else."""
+    """The fields of a protobuf message: (number, integer), or (number, bytes) for every other type."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -90,7 +97,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """An integer in groups of seven bits, lowest first, and where the next field begins."""
+    """Decodes a varint at `at` (seven bits a byte, lowest first); returns it and the position after it."""
     value, shift = 0, 0
     while True:
         byte = message[at]

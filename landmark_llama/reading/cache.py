@@ -27,7 +27,6 @@ class LandmarkCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, start: Tensor, stop: int | None = None) -> BlockStorage:
         """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
         self.storage.write(key_states, value_states, start, stop)
-        self.is_initialized = True
         return self.storage
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -82,6 +81,11 @@ class LandmarkCache(Cache):
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
 
+    @property
+    def storages(self) -> list[BlockStorage]:
+        """The blocks of each layer."""
+        return [layer.storage for layer in self.layers]
+
     def ordinary_tokens(self, batch: int) -> Tensor:
         """Ordinary tokens each row has seen: (batch,), on the CPU. Raises ValueError if the cache has other rows."""
         if self._real is None:
@@ -100,6 +104,8 @@ class LandmarkCache(Cache):
     def advance(self, real: Tensor) -> None:
         """Counts the columns of a call, once every layer has stored them. `real`: (batch, columns), boolean."""
         real = real.cpu()
+        for layer in self.layers:
+            layer.is_initialized = True
         self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

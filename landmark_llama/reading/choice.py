@@ -22,7 +22,7 @@ from landmark_llama.attention.rotary import RotaryTable
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
 # scores whose exponentials, and the shares made of them, stay far from the largest and the smallest number of fp32
-SMALL_SCORE = 30.0
+LARGEST_SHARED_SCORE = 30.0
 
 
 class Choice(NamedTuple):
@@ -95,7 +95,7 @@ def choose_blocks(
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     small = False
     if granularity != "token_and_head" and not landmarks_tie:
-        small = products_are_small(rotated[..., 0, :], landmarks, SMALL_SCORE)
+        small = products_are_small(rotated[..., 0, :], landmarks, LARGEST_SHARED_SCORE)
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
@@ -123,18 +123,18 @@ def _choose(
     tie: bool,
     small: bool,
 ) -> Tensor:
-    """The blocks of `Choice` for some groups. `small`: no score exceeds `SMALL_SCORE`, either way."""
+    """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SHARED_SCORE`, either way."""
     k = rotated.shape[-2] - 1
     n = candidates[:, None, None, :, None, None]
     scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)
     if granularity != "token_and_head":
         if small:
-            # shares order the candidates as their logarithms do, and are made in fewer passes; 0 is no candidate's
+            # softmax ranks as log-softmax does, in fewer passes; masked entries are 0
             scores.exp_()
             scores.mul_(scores.sum(-1, keepdim=True).reciprocal_())
             nothing = 0.0
         else:
-            # where all landmarks tie, each of the older columns stands for some of the n - k older candidates
+            # of the n - k older candidates, which tie, only k have a column: each column counts for (n - k) / k of them
             weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
             if tie:
                 scores[..., :k] += weight
@@ -157,7 +157,7 @@ def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Ten
     """
     k = rotated.shape[-2] - 1
     fewest = int(candidates.min())
-    # with columns of nothing in front, a group's last k candidates have columns also where there are fewer
+    # left-pad, so that every group has k recent columns
     missing = max(0, k + 1 - fewest)
     if missing:
         landmarks = torch.nn.functional.pad(landmarks, (0, 0, missing, 0))

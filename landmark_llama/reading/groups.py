@@ -30,8 +30,7 @@ class Chunk(NamedTuple):
 def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: LandmarkLlamaConfig) -> Iterator[Chunk]:
     """Cuts a call into chunks of whole blocks of every row."""
     block_size = config.block_size
-    chunked = settings.local_attention == "chunked"
-    blocks = settings.num_direct_blocks if chunked else _chunk_blocks(layout, settings, config)
+    blocks = settings.chunk_blocks if settings.chunked else _chunk_blocks(layout, settings, config)
     first, stop = layout.start // block_size, layout.start + layout.length
     for skipped in range(0, int((-(-stop // block_size) - first).max()), blocks):
         begin = torch.maximum(layout.start, (first + skipped) * block_size).minimum(stop)
@@ -41,7 +40,7 @@ def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: Landmar
             length,
             num_direct_blocks=settings.num_direct_blocks,
             tile_blocks=_tile_blocks(settings, config),
-            chunked=chunked,
+            chunked=settings.chunked,
             share=settings.granularity == "head",
             block_size=block_size,
         )
@@ -134,43 +133,40 @@ class QueryGroups(NamedTuple):
         columns = int(length.max())
         first = start // block_size
         last = ((start + length - 1) // block_size).maximum(first)
-        block, slots, slot = _group(start, columns, last, chunked=chunked, share=share, block_size=block_size)
+        block, places, slot = _group(start, columns, last, chunked=chunked, share=share, block_size=block_size)
+        # whole blocks of queries stand at the same places of every window, so that several share one
         aligned = not chunked and columns >= block_size
         if aligned:
             missing = -block.shape[1] % tile_blocks
-            block, slots = (_repeat_last(x, missing) for x in (block, slots))
-        tiles = block.shape[1] // tile_blocks if aligned else block.shape[1]
-        groups = block.shape[1] // tiles
+            block, places = (_repeat_last(x, missing) for x in (block, places))
+        groups_of_tile = tile_blocks if aligned else 1
 
-        position = start[:, None, None] + slots
-        valid = (slots >= 0) & (slots < length[:, None, None])
+        position = start[:, None, None] + places
+        valid = (places >= 0) & (places < length[:, None, None])
         if chunked:
             first_block = base = block
             window = int((last - first).max()) + 1
         else:
             valid &= position // block_size == block.unsqueeze(-1)
             first_block = (block.minimum(last.unsqueeze(1)) - num_direct_blocks).clamp_min(0)
-            base = block[:, ::groups] - num_direct_blocks
-            window = num_direct_blocks + groups
+            base = block[:, ::groups_of_tile] - num_direct_blocks
+            window = num_direct_blocks + groups_of_tile
         own = position.clamp_min(0).minimum(((last + 1) * block_size - 1)[:, None, None])
-        relative = (own - first_block.unsqueeze(-1) * block_size).clamp_min(0)
-        seen = (first_block.unsqueeze(-1) - base.repeat_interleave(groups, 1).unsqueeze(-1)).expand_as(slots)
-        in_window = (position - base.repeat_interleave(groups, 1).unsqueeze(-1) * block_size).clamp(
-            0, window * block_size - 1
-        )
+        window_position, window_first = _place_in_windows(position, first_block, base, window, block_size)
         if aligned:
-            # block-aligned queries stand at the same places of every window
-            in_window = (num_direct_blocks * block_size + torch.arange(groups * block_size)).view(1, 1, -1)
-            seen = seen.maximum(torch.arange(groups).repeat(tiles)[:, None])
+            window_position = (num_direct_blocks * block_size + torch.arange(groups_of_tile * block_size)).view(
+                1, 1, -1
+            )
+            window_first = window_first.maximum(torch.arange(groups_of_tile).repeat_interleave(block_size))
         return cls(
-            column=slots.clamp(0, columns - 1),
+            column=places.clamp(0, columns - 1),
             valid=valid,
             slot=slot,
             first_block=first_block,
-            position=relative,
+            position=(own - first_block.unsqueeze(-1) * block_size).clamp_min(0),
             base=base,
-            window_position=in_window.reshape(in_window.shape[0], -1, groups * slots.shape[2]),
-            window_first=seen.reshape(len(start), tiles, -1),
+            window_position=window_position,
+            window_first=window_first,
             last_block=last,
             start=start,
             window=window,
@@ -195,7 +191,7 @@ class QueryGroups(NamedTuple):
 def _group(
     start: Tensor, columns: int, last: Tensor, *, chunked: bool, share: bool, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Block of each group (batch, groups), column of each query (batch, groups, queries), and `slot` of QueryGroups.
+    """Block of each group (batch, groups), column of each query (batch, groups, queries), `slot` of QueryGroups.
 
     Columns may lie outside the call: such queries are padding.
     """
@@ -219,8 +215,26 @@ def _group(
     return block, slots.expand(batch, -1, -1), slot.expand(batch, -1)
 
 
+def _place_in_windows(
+    position: Tensor, first_block: Tensor, base: Tensor, window: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Where queries stand in their tile's window, and the first block of it that they see: (batch, tiles, queries).
+
+    Args:
+        position: (batch, groups, queries): landmarked positions.
+        first_block: (batch, groups): the first block that each group reads directly.
+        base: (batch, tiles): the block that each window begins with.
+        window: blocks of a window.
+    """
+    tiles = base.shape[1]
+    base = base.repeat_interleave(first_block.shape[1] // tiles, 1).unsqueeze(-1)
+    place = (position - base * block_size).clamp(0, window * block_size - 1)
+    first = (first_block.unsqueeze(-1) - base).expand_as(position)
+    return place.reshape(len(base), tiles, -1), first.reshape(len(base), tiles, -1)
+
+
 def _repeat_last(x: Tensor, times: int) -> Tensor:
-    """`x` (batch, groups, ...) with groups of padding appended: further blocks, columns outside the call."""
+    """Appends groups of padding to `x` (batch, groups, ...): further blocks, or columns outside the call."""
     further = torch.arange(1, times + 1).view(1, -1, *(1,) * (x.dim() - 2))
     step = 1 if x.dim() == 2 else x.shape[2]
     return torch.cat([x, x[:, -1:] + further * step], dim=1)

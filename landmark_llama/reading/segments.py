@@ -4,13 +4,14 @@ A segment reads its own blocks directly, as a call without a cache does, and ret
 chunked reading does. Gradients reach the segment's own keys and values alone: those in the cache are numbers
 (truncated back-propagation). See `docs/training_through_memory.md`.
 
-Reading gathers the keys and values of each query's blocks, which is `block_size` times what a query takes, and a
-backward would have to keep or gather them again. Here the pairs of a query and a chosen block are sorted by block into
-tiles, each of which reads its block once (`attend_chosen`).
+`attend_chosen` sorts the pairs of a query and a block that it chose by block, into tiles that read their block once.
+Reading gathers keys and values for each query instead. A backward would have to keep them or gather them again, and
+they take `block_size` times the memory of the query.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from landmark_llama.attention.blockwise import attend_sequence
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, rotate_to_distances
 from landmark_llama.reading.storage import BlockStorage
@@ -27,13 +29,15 @@ from landmark_llama.rows.layout import Layout
 TILE_PAIRS = 16  # queries that read a block together: enough for a matrix product, few enough to fill
 
 
-class Segment(NamedTuple):
-    """Where a call in training stands in its rows' texts.
+@dataclass(frozen=True)
+class Segment:
+    """The view of a call in training with a cache: where it stands in its rows' texts, and what it retrieves.
 
     cache: what earlier calls read; this one is added to it.
     start: (batch,): landmarked position of each row's first column, the first of a block.
     candidates: (batch,): blocks before it.
-    most_candidates, stop: the largest of the rows, and the largest position after the call's columns.
+    most_candidates: the largest number of candidates in the batch.
+    stop: the largest landmarked position after the call's columns.
     num_retrieved_blocks: how many of them each query retrieves at most.
     """
 
@@ -50,6 +54,11 @@ class Segment(NamedTuple):
         stop = int(layout.start.max()) + layout.source.shape[1]
         most = int(candidates.max())
         return cls(cache, layout.start.to(device), candidates.to(device), most, stop, num_retrieved_blocks)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Segment:
+        """The same segment on `device` (the signature that accelerate's device hooks call)."""
+        start, candidates = (x.to(device, non_blocking=non_blocking) for x in (self.start, self.candidates))
+        return replace(self, start=start, candidates=candidates)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
@@ -126,8 +135,48 @@ class Segment(NamedTuple):
 
 
 def _recomputed(function: Any, *tensors: Tensor) -> Tensor:
-    """`function(*tensors)`, which is called again in the backward in place of keeping what it made."""
+    """`function(*tensors)` under activation checkpointing: the backward calls it again."""
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def check_segment(
+    config: LandmarkLlamaConfig,
+    layout: Layout,
+    num_retrieved_blocks: int | None,
+    num_local_blocks: int | None,
+    local_attention: str | None,
+    retrieval_granularity: str | None,
+) -> RetrievalSettings:
+    """How a call with a cache is trained on, given what the call asks for; raises a ValueError if it cannot be."""
+    settings = config.segment_retrieval(num_retrieved_blocks)
+    for name, value, only in (
+        ("num_local_blocks", num_local_blocks, None),
+        ("local_attention", local_attention, settings.local_attention),
+        ("retrieval_granularity", retrieval_granularity, settings.granularity),
+    ):
+        if value not in (None, only):
+            raise ValueError(
+                f"{name}={value!r} in training with a cache: a query reads the blocks of its own call directly and "
+                "chooses its own among those of earlier calls; leave it unset, or call model.eval() to read"
+            )
+    inside = (layout.start % config.block_size > 0) & (layout.ordinary > 0)
+    if inside.any():
+        row = int(inside.nonzero()[0])
+        raise ValueError(
+            f"row {row} goes on inside a block, at landmarked position {int(layout.start[row])}: in training, each "
+            f"call that a cache is given to begins with a block, after a multiple of {config.block_size - 1} tokens "
+            f"(block_size={config.block_size}); to read or generate, call model.eval()"
+        )
+    goes_on = bool(layout.start.any())
+    room = settings.chunk_blocks * config.block_size if goes_on else config.train_context_length
+    if layout.length.max() > room:
+        raise ValueError(
+            f"a row takes {int(layout.length.max())} landmarked positions in training with a cache; at most {room} fit "
+            f"train_context_length={config.train_context_length}"
+            + (f" beside {settings.num_retrieved_blocks} retrieved blocks" if goes_on else "")
+            + ": cut the text into more segments"
+        )
+    return settings
 
 
 def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, window: tuple[Tensor, Tensor]) -> Tensor:
@@ -162,7 +211,7 @@ class PairTiles(NamedTuple):
     """Pairs of a query and a block, sorted by block into tiles of `TILE_PAIRS`.
 
     block: (tiles,): which of the `batch * kv_heads * blocks` blocks each tile reads.
-    pair: (tiles * TILE_PAIRS,): the pair in each slot; any where a block has no pairs left to fill its last tile.
+    pair: (tiles * TILE_PAIRS,): the pair in each slot; arbitrary where a block's last tile is not full.
     slot: (pairs,): where each pair went.
     """
 

@@ -1,102 +1,108 @@
-"""What the inference kernels share: where the queries of a tile stand, their rotation, and which shapes are supported.
+"""What the kernels that read through the cache share: which queries a program works on, and their rotation.
 
-A program works on a tile of queries of one group (`streaming.QueryGroups`) and one query head. A head's dimensions are
-kept as two halves, which is how rotary embedding pairs them: rotating is then a sum of products, and a score is the sum
-of the halves' scores. Halves are padded to a power of two.
+A program works on a tile of queries of one group (`groups.QueryGroups`) and one query head. Rotary embedding pairs the
+dimensions of a head's first half with those of its second, so the kernels keep the halves apart: a rotation is then a
+sum of products, and a score the sum of the two halves' scores. A pair of halves is written `b_x: 2 (M, H)`.
 
-Names as in the other kernels: `p_` pointer, `b_` data of a tile, `i_` an index, `o_` offsets, `m_` a mask.
+Names in all kernels: `p_` pointer, `b_` block of data, `i_` index, `o_` offset, `m_` mask. A comment above each load
+and dot gives the shape of its result. Exponentials and logarithms are to base 2.
+
+    M             queries of a tile
+    N             keys of a tile: the positions of a block, or a number of landmarks, padded to a power of two
+    H             half of HEAD_DIM, padded to a power of two
+    D             HEAD_DIM, padded to a power of two
+    K, K_PAD      blocks that a query chooses; padded to a power of two
+    BLOCK         positions of a landmark block
+    HEADS         query heads; HEADS_PER_KV of them share a KV head
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two
+from landmark_llama.attention.triton_tiles import Strided, padded
+from landmark_llama.reading.groups import QueryGroups
 
 
-class QueryRows(NamedTuple):
-    """Where the queries of one call stand. The fields of `streaming.QueryGroups` that the kernels read.
+class Sizes(NamedTuple):
+    """What a call measures: groups of queries, queries of a group, their tiles, and the blocks there is room for."""
 
-    column: (batch, groups, queries): which column of the call each query is.
-    valid: (batch, groups, queries), boolean: False for padding, for which nothing is written.
-    position: (batch, groups, queries): positions from the start of `first_block` to the query.
-    first_block: (batch, groups): the first block read directly; the blocks before it are the candidates.
+    groups: Any
+    queries: Any
+    tiles: Any
+    capacity: Any
+
+
+def query_pointer(query: Tensor) -> Strided:
+    """`query` (batch, columns, kv_heads, heads_per_kv, head_dim), contiguous, with the strides that kernels need."""
+    return Strided(query, (query.stride(0), query.stride(1), query.stride(3)))
+
+
+def group_pointers(groups: QueryGroups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels read of `groups`: column, valid and position of each query, first direct block of each group.
+
+    Contiguous, without a copy where they are already.
     """
-
-    column: Tensor
-    valid: Tensor
-    position: Tensor
-    first_block: Tensor
-
-    def contiguous(self) -> QueryRows:
-        """The same with rows that lie as the kernels count them, without a copy where they do already."""
-        return QueryRows(*(x.contiguous() for x in self))
-
-
-def padded(size: int) -> int:
-    """The power of two, at least 16 (the smallest that tensor cores take), that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take; that of the smallest supported chip where there is none."""
-    if device.type != "cuda":
-        return 163 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    fields = (groups.column, groups.valid, groups.position, groups.first_block)
+    return tuple(x.contiguous() for x in fields)
 
 
 @triton.jit
-def load_halves(p_row, o_half, m_row, HALF: tl.constexpr):
-    """Both halves [rows, padded half] of the vectors at `p_row` [rows], zero where padded."""
+def tile_of_program(size, SEQUENCES: tl.constexpr):
+    """Row of the batch, sequence in (batch, SEQUENCES), group, and tile that a program works on."""
+    i_group, i_tile = tl.program_id(0) // size.tiles, tl.program_id(0) % size.tiles
+    i_sequence = tl.program_id(1).to(tl.int64)
+    return i_sequence // SEQUENCES, i_sequence, i_group, i_tile
+
+
+@triton.jit
+def load_halves(p_row, m_row, HEAD_DIM: tl.constexpr):
+    """2 (M, H): the vectors at the pointers `p_row` (M,), zero where padded."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    o_half = tl.arange(0, padded(HALF))
     m_half = m_row[:, None] & (o_half < HALF)[None, :]
-    b_first = tl.load(p_row[:, None] + o_half[None, :], mask=m_half, other=0.0)
-    b_second = tl.load(p_row[:, None] + HALF + o_half[None, :], mask=m_half, other=0.0)
-    return b_first, b_second
+    p_first = p_row[:, None] + o_half[None, :]
+    # (M, H) each
+    return tl.load(p_first, mask=m_half, other=0.0), tl.load(p_first + HALF, mask=m_half, other=0.0)
 
 
 @triton.jit
-def turn(b_first, b_second, p_cos, p_sin, b_position, o_half, HALF: tl.constexpr):
-    """Halves [rows, padded half], fp32, rotated by the angles of `b_position` [rows]."""
+def rotate(b_x, p_rotary, b_position, HEAD_DIM: tl.constexpr):
+    """2 (M, H): `b_x` 2 (M, H) in fp32, rotated by the angles of `b_position` (M,) or (1,)."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    p_cos, p_sin = p_rotary
+    b_first, b_second = b_x
+    o_half = tl.arange(0, padded(HALF))
     m_half = (o_half < HALF)[None, :]
-    o_table = b_position[:, None] * HALF + o_half[None, :]
-    b_cos = tl.load(p_cos + o_table, mask=m_half, other=0.0)
-    b_sin = tl.load(p_sin + o_table, mask=m_half, other=0.0)
+    o_angle = b_position[:, None] * HALF + o_half[None, :]
+    # (M or 1, H)
+    b_cos = tl.load(p_cos + o_angle, mask=m_half, other=0.0)
+    # (M or 1, H)
+    b_sin = tl.load(p_sin + o_angle, mask=m_half, other=0.0)
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
 @triton.jit
 def load_queries(
-    p_query,
-    p_column,
-    p_position,
-    p_cos,
-    p_sin,
-    i_batch,
-    i_head,
-    o_row,
-    m_row,
-    scale,
-    stride_batch,
-    stride_column,
-    stride_head,
-    o_half,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Scaled queries, rotated by their offset in their own block: halves [rows, padded half] in fp32.
+    p_query, p_groups, p_rotary, i_batch, i_head, o_row, m_row, scale, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """2 (M, H): scaled queries in fp32, rotated by their offset in their own block.
 
-    Also the column [rows] of each query, its block counted from the group's first direct block, and its offset there.
+    Also, each (M,): the column of the query, its block counted from the group's first direct block, its offset there.
     """
+    p_column, _, p_position, _ = p_groups
+    stride_batch, stride_column, stride_head = p_query.stride
+    # (M,)
     b_column = tl.load(p_column + o_row, mask=m_row, other=0)
+    # (M,)
     b_position = tl.load(p_position + o_row, mask=m_row, other=0).to(tl.int32)
-    b_own, b_offset = b_position // BLOCK_SIZE, b_position % BLOCK_SIZE
-    p_row = p_query + i_batch * stride_batch + b_column * stride_column + i_head * stride_head
-    b_first, b_second = load_halves(p_row, o_half, m_row, HALF)
-    b_first, b_second = b_first.to(tl.float32) * scale, b_second.to(tl.float32) * scale
-    b_first, b_second = turn(b_first, b_second, p_cos, p_sin, b_offset, o_half, HALF)
-    return b_first, b_second, b_column, b_own, b_offset
+    b_own, b_offset = b_position // BLOCK, b_position % BLOCK
+    p_row = p_query.p + i_batch * stride_batch + b_column * stride_column + i_head * stride_head
+    # 2 (M, H)
+    b_first, b_second = load_halves(p_row, m_row, HEAD_DIM)
+    b_query = (b_first.to(tl.float32) * scale, b_second.to(tl.float32) * scale)
+    return rotate(b_query, p_rotary, b_offset, HEAD_DIM), b_column, b_own, b_offset

@@ -8,23 +8,58 @@ landmarks are numbered from its start, nothing is seen across its ends. All but 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from landmark_llama.attention import landmark_attention
+from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.attention.whole_rows import WholeRows
 from landmark_llama.tokenization import landmarked_length
 
-# what one more call of attention costs, in scores of a head that could be computed meanwhile
+# the cost of one more call of attention, in scores of a head that take as long
 CALL_SCORES = 1 << 16
+
+
+def packed_positions(
+    shape: tuple[int, int], position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """Position ids, taken from the first of three ways to say where documents begin that is given; None if none is.
+
+    Args:
+        shape: (batch, columns) of the input.
+        position_ids: as `find_documents` takes them; returned as they are.
+        cu_seq_lens: (documents + 1,): where each document of the only row begins, then its number of columns.
+        seq_idx: (batch, columns): number of each column's document.
+
+    Raises:
+        ValueError: if `cu_seq_lens` or `seq_idx` do not fit the input.
+    """
+    if position_ids is not None or (cu_seq_lens is None and seq_idx is None):
+        return position_ids
+    batch, columns = shape
+    if cu_seq_lens is not None:
+        ends = cu_seq_lens.tolist() if cu_seq_lens.dim() == 1 else []
+        if batch != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != columns or sorted(ends) != ends:
+            raise ValueError(
+                f"cu_seq_lens_q: {cu_seq_lens.tolist()} for an input of shape {tuple(shape)}; expected the rising "
+                f"places, from 0 to {columns}, at which the documents of one flattened row begin and the last one ends"
+            )
+        column = torch.arange(columns, device=cu_seq_lens.device)
+        document = torch.searchsorted(cu_seq_lens, column.to(cu_seq_lens), right=True) - 1
+        return (column - cu_seq_lens[document]).unsqueeze(0)
+    if seq_idx.shape != torch.Size(shape):
+        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)}; expected that of the input, {tuple(shape)}")
+    column = torch.arange(columns, device=seq_idx.device).expand(batch, -1)
+    begins = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    return column - torch.where(begins, column, 0).cummax(1).values
 
 
 def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached: bool) -> Tensor | None:
     """Where documents begin: boolean (batch, columns), or None if no row holds more than one.
 
-    Positions only say where documents begin, so they may start anywhere in a row, and may or may not count the
-    columns in between that hold no token.
+    Positions only say where documents begin. They may start anywhere in a row. They may count columns without a token
+    or skip them.
 
     Args:
         position_ids: (batch or 1, columns), counting on by one inside a document, 0 where the next one begins.
@@ -33,7 +68,8 @@ def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached
         cached: whether the call reads through a cache.
 
     Raises:
-        ValueError: if they do anything else, or restart in a call with a cache, naming row and column.
+        ValueError: naming row and column, if positions neither count on nor restart at 0, or restart in a call with a
+            cache.
     """
     integers = not position_ids.is_floating_point() and position_ids.dtype != torch.bool
     if not integers or position_ids.shape not in (real.shape, (1, real.shape[1])):
@@ -70,74 +106,89 @@ def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached
     return restarts | real & (previous < 0)
 
 
-class Documents(NamedTuple):
-    """The documents of a call's rows, sorted into batches of similar lengths, in landmarked columns.
+@dataclass(frozen=True)
+class Documents:
+    """The view of a call whose rows hold several documents: each is attended to as a whole, and by itself.
+
+    Documents of similar lengths form a batch of their own; all in landmarked columns.
 
     position: (batch, columns): of each column in its document.
-    index: (slots,): which of all the `batch * columns` columns stands in each slot of the batches, one batch after the
-        other. Documents shorter than their batch's longest repeat their last column.
-    slot: (batch * columns,): where in there each column stands; 0 for padding.
+    unpacked: (places,): the column, among all `batch * columns`, that stands in each place of the batches, one batch
+        after the other. A document shorter than its batch's longest repeats its last column.
+    place: (batch * columns,): where in there each column stands; 0 for padding.
     shapes: (documents, positions) of each batch.
+    whole: how each document is attended to.
     """
 
     position: Tensor
-    index: Tensor
-    slot: Tensor
+    unpacked: Tensor
+    place: Tensor
     shapes: tuple[tuple[int, int], ...]
+    whole: WholeRows
 
     @classmethod
-    def of(cls, begins: Tensor, real: Tensor, columns: int, *, block_size: int, longest: int) -> Documents:
+    def of(cls, begins: Tensor, real: Tensor, columns: int, *, whole: WholeRows, longest: int) -> Documents:
         """Documents of rows whose landmarked columns, `columns` of them, follow each other without a gap.
 
         Args:
             begins: (batch, length), boolean: where documents begin, in plain columns, on ordinary tokens.
             real: (batch, length), boolean: which plain columns hold an ordinary token.
+            whole: how each document is attended to.
             longest: landmarked positions that a document may take.
 
         Raises:
             ValueError: if one takes more, naming its row and column.
         """
-        device, begins, real = real.device, begins.cpu(), real.cpu()
-        row, place = begins.nonzero(as_tuple=True)
+        device, begins, real, block_size = real.device, begins.cpu(), real.cpu(), whole.block_size
+        row, column = begins.nonzero(as_tuple=True)
         number = begins.flatten().cumsum(0) - 1
         length = landmarked_length(number[real.flatten()].bincount(minlength=len(row)), block_size)
         if (length > longest).any():
             first = int((length > longest).nonzero()[0])
             raise ValueError(
-                f"position_ids, row {int(row[first])}, column {int(place[first])}: the document that begins here takes "
-                f"{int(length[first])} landmarked positions, more than train_context_length={longest}, and packed "
-                "documents are attended to as a whole: cut it, or read it in a row of its own"
+                f"position_ids, row {int(row[first])}, column {int(column[first])}: the document that begins here "
+                f"takes {int(length[first])} landmarked positions, more than train_context_length={longest}, and "
+                "packed documents are attended to as a whole: cut it, or read it in a row of its own"
             )
         end = length.cumsum(0)
         start = end - length
+        # starts count through all documents: make them relative to the row, then to the batch's flat columns
         start = start - start[torch.searchsorted(row, row)] + row * columns
-        position, slot = (torch.zeros(len(begins) * columns, dtype=torch.long) for _ in range(2))
+        position, place = (torch.zeros(len(begins) * columns, dtype=torch.long) for _ in range(2))
         order = length.argsort(descending=True, stable=True)
-        indices, shapes, slots = [], [], 0
+        unpacked, shapes, places = [], [], 0
         for batch in order.split(_batch_sizes(length[order].tolist())):
             width = int(length[batch[0]])
             offset = torch.arange(width).minimum(length[batch].unsqueeze(1) - 1)
             index = start[batch].unsqueeze(1) + offset
-            # where a column is repeated, any of its slots would hold the same
-            slot[index] = slots + torch.arange(len(batch)).unsqueeze(1) * width + offset
+            # where a column is repeated, any of its places would hold the same
+            place[index] = places + torch.arange(len(batch)).unsqueeze(1) * width + offset
             position[index] = offset
-            indices.append(index.flatten())
+            unpacked.append(index.flatten())
             shapes.append((len(batch), width))
-            slots += index.numel()
+            places += index.numel()
         position = position.view(len(begins), columns)
-        return cls(*(x.to(device) for x in (position, torch.cat(indices), slot)), tuple(shapes))
+        return cls(position, torch.cat(unpacked), place, tuple(shapes), whole).to(device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        """`landmark_attention` of each document by itself; arguments and result as there."""
+    def to(self, device: torch.device, non_blocking: bool = False) -> Documents:
+        """The same documents on `device` (the signature that accelerate's device hooks call)."""
+        moved = (x.to(device, non_blocking=non_blocking) for x in (self.position, self.unpacked, self.place))
+        return Documents(*moved, self.shapes, self.whole)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+    ) -> Tensor:
+        """Attention of one layer; arguments and result as those of `WholeRows.attend`."""
+        query, key = rotary.rotate_all(self.position.unsqueeze(-1), query, key)
         batches = zip(*(self._unpack(x) for x in (query, key, value)), strict=True)
-        outputs = [landmark_attention(*batch, **settings) for batch in batches]
-        packed = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outputs]).index_select(0, self.slot)
-        return packed.unflatten(0, self.position.shape).transpose(1, 2)
+        outputs = [self.whole.attend_rotated(*batch, scale=scale) for batch in batches]
+        packed = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outputs]).index_select(0, self.place)
+        return packed.unflatten(0, self.position.shape)
 
     def _unpack(self, x: Tensor) -> list[Tensor]:
-        """(batch, heads, columns, head_dim) to (documents, heads, positions, head_dim) for each batch."""
-        slots = x.transpose(1, 2).flatten(0, 1).index_select(0, self.index)
-        parts = slots.split([documents * positions for documents, positions in self.shapes])
+        """(batch, columns, heads, head_dim) to (documents, heads, positions, head_dim) for each batch."""
+        places = x.flatten(0, 1).index_select(0, self.unpacked)
+        parts = places.split([documents * positions for documents, positions in self.shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
 
 

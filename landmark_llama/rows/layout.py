@@ -1,9 +1,8 @@
-"""How the rows of a batch, in plain coordinates and with padding anywhere, lie in landmarked columns.
+"""The rows of a call: from plain columns, with padding anywhere, to left-aligned landmarked columns.
 
-Every row's own tokens are numbered from its first real one, so padding moves no landmark. In a forward call the rows
-stand left-aligned: row `r` brings `length[r]` landmarked positions in columns 0 .. length[r] - 1, whatever follows is
-padding that no real position can see. Where a row holds several documents (`rows/documents.py`), they follow
-each other without a gap, each numbered from its own first token.
+The tokens of a row are numbered from its first real one, so padding moves no landmark. Row `r` takes the landmarked
+columns 0 .. length[r] - 1. What follows is padding that no real position sees. If a row holds several documents
+(`rows/documents.py`), they follow each other without a gap, each numbered from its own first token.
 """
 
 from __future__ import annotations
@@ -13,7 +12,74 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.rows.documents import find_documents
 from landmark_llama.tokenization import landmarked_length
+
+
+class Rows(NamedTuple):
+    """What a call brings.
+
+    content: ids (batch, length) or embeddings (batch, length, hidden_size), in plain columns.
+    real: (batch, length), boolean: which columns hold an ordinary token.
+    begins: (batch, length), boolean: where documents begin; None if no row holds more than one.
+    layout: where the columns go.
+    """
+
+    content: Tensor
+    real: Tensor
+    begins: Tensor | None
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls,
+        config: LandmarkLlamaConfig,
+        content: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        before: Tensor | None,
+    ) -> Rows:
+        """Finds the ordinary tokens of a call, its documents and landmarks, and lays out its rows.
+
+        Args:
+            content, attention_mask: checked by `check_inputs`.
+            before: (batch,), on the CPU: ordinary tokens that a cache holds of each row; None without a cache.
+
+        Raises:
+            ValueError: naming the argument, the row and the column that cannot be used.
+        """
+        batch, length = content.shape[:2]
+        if attention_mask is None:
+            real = torch.ones(batch, length, dtype=torch.bool, device=content.device)
+        else:
+            real = attention_mask[:, attention_mask.shape[1] - length :].to(content.device, torch.bool)
+        cached = before is not None
+        if before is None:
+            before = torch.zeros(batch, dtype=torch.long)
+        begins, landmark = None, None
+        if position_ids is not None:
+            begins = find_documents(position_ids, real, before, cached=cached)
+        if not content.is_floating_point():
+            landmark = find_landmarks(
+                content,
+                real,
+                before,
+                begins,
+                block_size=config.block_size,
+                landmark_token_id=config.landmark_token_id,
+            )
+        if landmark is not None:
+            real = real & ~landmark
+        layout = lay_out(
+            real,
+            None if landmark is None else ~landmark,
+            before,
+            begins,
+            block_size=config.block_size,
+            predict_from_landmark=config.predict_from_landmark,
+        )
+        return cls(content, real, begins, layout)
 
 
 class Layout(NamedTuple):
@@ -21,7 +87,7 @@ class Layout(NamedTuple):
 
     source: (batch, columns): the plain column that a landmarked column shows; the number of plain columns for a
         landmark (and for padding, whose content does not matter).
-    output: (batch, outputs): the landmarked column that speaks for each plain column of the result.
+    output: (batch, outputs): the landmarked column whose states are the result's, for each of its plain columns.
     start: (batch,): landmarked positions that each row had before. On the CPU, as `length` and `ordinary` are.
     length: (batch,): landmarked positions that each row brings.
     ordinary: (batch,): ordinary tokens that each row brings.
@@ -52,7 +118,7 @@ def lay_out(
         before: (batch,), on the CPU: ordinary tokens that each row has seen in earlier calls.
         begins: (batch, length), boolean, or None: where documents begin, which are numbered anew.
         block_size: positions of a block, its landmark included.
-        predict_from_landmark: the landmark of a block speaks for the block's last ordinary token.
+        predict_from_landmark: the states of a block's last ordinary token are replaced by those of its landmark.
     """
     device = real.device
     seen = real.cumsum(1)
@@ -60,7 +126,8 @@ def lay_out(
     completes = real & (token % (block_size - 1) == block_size - 2)  # a block, so that a landmark follows
     column = seen - 1 + completes.cumsum(1) - completes.long()
     ordinary, landmarks = torch.stack([real.sum(1), completes.sum(1)]).cpu()
-    start, length = landmarked_length(before, block_size), ordinary + landmarks
+    start = landmarked_length(before, block_size) if before.any() else before
+    length = ordinary + landmarks
     columns = max(int(length.max()), 1)
     # padding writes into one column more, which is cut off
     source = torch.full((len(real), columns + 1), real.shape[1], device=device)

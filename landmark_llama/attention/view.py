@@ -1,0 +1,26 @@
+"""What a view is: how the columns of one call attend, in every layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from landmark_llama.attention.rotary import RotaryTable
+
+
+class View(Protocol):
+    """How the columns of a call attend."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            query: (batch, columns, heads, head_dim), not rotated.
+            key, value: (batch, columns, kv_heads, head_dim), not rotated.
+
+        Returns:
+            (batch, columns, heads, head_dim).
+        """

@@ -1,0 +1,124 @@
+"""Landmark attention over whole rows: one function with the fastest back end behind it, and the view of a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from landmark_llama.attention.availability import triton_is_installed, unsupported
+from landmark_llama.attention.blockwise import blockwise_landmark_attention
+from landmark_llama.attention.rotary import RotaryTable
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """The view of a call without a cache whose rows fit the window: each row attends to all of itself, as in training.
+
+    block_size: positions of a block, its landmark included.
+    num_retrieved_blocks: if given, a query sees only so many of its earlier blocks, the best ones, beside the
+        `num_direct_blocks` before its own (`train_retrieved_blocks` of the configuration).
+    """
+
+    block_size: int
+    num_retrieved_blocks: int | None = None
+    num_direct_blocks: int = 0
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            query: (batch, columns, heads, head_dim), not rotated; rows begin in column 0.
+            key, value: (batch, columns, kv_heads, head_dim), not rotated either.
+            layer_idx: which layer; every one attends in the same way here.
+
+        Returns:
+            (batch, columns, heads, head_dim), in the dtype of `query`.
+        """
+        position = torch.arange(query.shape[1], device=query.device).unsqueeze(-1)
+        query, key = rotary.rotate_all(position, query, key)
+        rows = (x.transpose(1, 2) for x in (query, key, value))
+        return self.attend_rotated(*rows, scale=scale).transpose(1, 2)
+
+    def attend_rotated(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """`landmark_attention` with this view's settings."""
+        return landmark_attention(
+            query,
+            key,
+            value,
+            block_size=self.block_size,
+            scale=scale,
+            num_retrieved_blocks=self.num_retrieved_blocks,
+            num_direct_blocks=self.num_direct_blocks,
+        )
+
+
+def landmark_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    num_retrieved_blocks: int | None = None,
+    num_direct_blocks: int = 0,
+) -> Tensor:
+    """Causal landmark attention.
+
+    Every `block_size`-th key is the landmark of its block. A query attends to the ordinary tokens of its own block
+    up to itself, and to those of each earlier block with the weight that it gives to the block's landmark; a
+    landmark itself has no value (Mohtashami & Jaggi 2023, section 3.1; `docs/attention.md`).
+
+    Args:
+        query: (batch, heads, query_length, head_dim), aligned with the last `query_length` keys.
+        key, value: (batch, kv_heads, key_length, head_dim); `heads` a multiple of `kv_heads`, key_length >=
+            query_length.
+        block_size: positions of a block, its landmark included (>= 2).
+        scale: factor of the scores; by default `head_dim ** -0.5`.
+        num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
+            scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
+
+    Returns:
+        (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.
+
+    Raises:
+        ValueError: if shapes, dtypes or `block_size` do not fit, naming the argument.
+    """
+    _check(query, key, value, block_size)
+    for name, number in (("num_retrieved_blocks", num_retrieved_blocks), ("num_direct_blocks", num_direct_blocks)):
+        if (number or 0) < 0:
+            raise ValueError(f"{name}={number}: must not be negative")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed() and not unsupported(query):
+        from landmark_llama.attention.fused import fused_landmark_attention
+
+        return fused_landmark_attention(query, key, value, block_size, scale)
+    return blockwise_landmark_attention(query, key, value, block_size, scale, num_retrieved_blocks, num_direct_blocks)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size={block_size}: a block needs at least one ordinary token and its landmark (>= 2)")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a floating-point tensor of shape (batch, heads, length, head_dim), "
+                f"got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        if x.dtype != query.dtype or x.device != query.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, query is {query.dtype} on {query.device}: make them equal"
+            )
+    if key.shape != value.shape:
+        raise ValueError(f"value: shape {tuple(value.shape)} differs from that of key, {tuple(key.shape)}")
+    if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
+        raise ValueError(
+            f"key: batch and head_dim of shape {tuple(key.shape)} differ from query's {tuple(query.shape)}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} heads: not a multiple of key's {key.shape[1]}")
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(f"query has {query.shape[2]} positions, more than key's {key.shape[2]}")
