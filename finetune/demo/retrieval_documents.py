@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 # Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
-# (`eval_passkey.task.is_benchmark_key` says the same; a test compares the two).
+# (`eval_passkey.names.is_benchmark_key` says the same; a test compares the two).
 BENCHMARK_KEY_DIVISOR, BENCHMARK_KEY_REMAINDER = 7, 3
 PROSE_SHARE = 0.2  # of the texts that a number is hidden in
 WORDING = Path(__file__).parent / "wording.json"
