@@ -14,7 +14,6 @@ Callers see plain coordinates: landmarks enter and leave the text in here.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +27,15 @@ from landmark_llama.attention import WholeRows
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.view import View
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
-from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
+from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.generation import LandmarkGenerationMixin
+from landmark_llama.hub import InstalledClass
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
-from landmark_llama.reading.groups import cut_into_chunks
 from landmark_llama.reading.segments import Segment, check_segment
-from landmark_llama.reading.table import Table, keep_freed_memory
-from landmark_llama.rows.checks import check_inputs, check_streaming
-from landmark_llama.rows.documents import Documents
+from landmark_llama.reading.streaming import StreamingMixin
+from landmark_llama.rows.checks import check_inputs, check_streaming, warn_of_frozen_landmark
+from landmark_llama.rows.documents import Documents, packed_positions
 from landmark_llama.rows.layout import Rows, compact
 
 
@@ -83,25 +82,20 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
         return None
 
 
-class LandmarkLlamaModel(LlamaModel):
+class LandmarkLlamaModel(InstalledClass, StreamingMixin, LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
 
     config_class = LandmarkLlamaConfig
     _no_split_modules = ["LandmarkLlamaDecoderLayer"]
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
-        if config.landmark_token_id is None:
-            raise ValueError(
-                "landmark_token_id=None: this checkpoint has no landmark token; "
-                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
-            )
-        if config.attention_dropout:
-            raise ValueError(f"attention_dropout={config.attention_dropout}: landmark attention has no dropout, set 0")
+        config.check_model()
         super().__init__(config)
         for layer_idx in range(config.num_hidden_layers):
             self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
+        self._landmark_row_checked = False
 
     def forward(
         self,
@@ -119,6 +113,8 @@ class LandmarkLlamaModel(LlamaModel):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
         if output_attentions:
@@ -126,11 +122,13 @@ class LandmarkLlamaModel(LlamaModel):
         cache = LandmarkCache(self.config) if past_key_values is None and use_cache else past_key_values
         _check_cache(cache)
         content = check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
+        if cu_seq_lens_q is not None or seq_idx is not None:
+            position_ids = packed_positions(content.shape[:2], position_ids, cu_seq_lens_q, seq_idx)
+        if self.training and not self._landmark_row_checked:
+            self._landmark_row_checked = True
+            warn_of_frozen_landmark(self)
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
-        rotary = self._rotary_table(content.device)
-        recorded = cache is not None and cache.graphs is not None
-        recorded = recorded and cache.graphs.can_record(cache.storages, self.embed_tokens.weight.dtype, rotary)
-        if not (self.training or output_hidden_states or recorded):
+        if not (self.training or output_hidden_states or self._records_steps(cache)):
             step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval)
             if step is not None:
                 last = self._decode(content, step, logits_to_keep)
@@ -182,39 +180,22 @@ class LandmarkLlamaModel(LlamaModel):
         # as in transformers, the last of the hidden states is the normalised one
         return last, (*(_take(x, output) for x in hidden_states[:-1]), last)
 
+    def _records_steps(self, cache: LandmarkCache | None) -> bool:
+        """Whether decoding steps are recorded as CUDA graphs: as chunks of a stream."""
+        weight = self.embed_tokens.weight
+        table = self._rotary_table(weight.device)
+        return (
+            cache is not None
+            and cache.graphs is not None
+            and cache.graphs.can_record(cache.storages, weight.dtype, table)
+        )
+
     @torch.no_grad()
     def _decode(self, content: Tensor, step: DecodingStep, logits_to_keep: int | Tensor) -> Tensor:
         """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
         states = self._through_layers(self._embed(content, step.source), step, self._rotary_table(content.device))
         step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
         return self.norm(_take(states, _keep(step.output, logits_to_keep)))
-
-    @torch.no_grad()
-    def _stream(self, rows: Rows, output: Tensor, cache: LandmarkCache, settings: RetrievalSettings) -> Tensor:
-        """States (batch, outputs, hidden_size) of the landmarked columns `output` (batch, outputs), through `cache`."""
-        layout, device = rows.layout, rows.content.device
-        kept, rotary = None, self._rotary_table(device)
-        cache.expect(int((layout.start + layout.length).max()))
-        if device.type == "cpu":
-            keep_freed_memory()
-        for chunk in cut_into_chunks(layout, settings, self.config):
-            table = Table(chunk.groups.to(device), cache.storages, settings)
-            begin = chunk.begin.to(device).unsqueeze(1)
-            column = begin + torch.arange(table.groups.slot.shape[1], device=device)
-            states = self._embed(rows.content, layout.source.gather(1, column.clamp_max(layout.source.shape[1] - 1)))
-            local = output - begin
-            row, place = ((local >= 0) & (local < chunk.length.to(device).unsqueeze(1))).nonzero(as_tuple=True)
-            layers = partial(self._through_layers, rotary=rotary)
-            if cache.graphs is None or not len(row):
-                # later calls read the last layer's keys and values, but its output is read only where it is kept
-                states = layers(states, table, fill_cache_only=not len(row))
-            else:
-                states = cache.graphs.run(layers, states, table, rotary=rotary)
-            if len(row):
-                states = self.norm(states[row, local[row, place]])
-                kept = states.new_zeros(*output.shape, states.shape[-1]) if kept is None else kept
-                kept[row, place] = states
-        return self.norm.weight.new_zeros(*output.shape, self.config.hidden_size) if kept is None else kept
 
     def _through_layers(
         self, states: Tensor, view: View, rotary: RotaryTable, *, fill_cache_only: bool = False
@@ -247,7 +228,7 @@ class LandmarkLlamaModel(LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM):
+class LandmarkLlamaForCausalLM(InstalledClass, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
     config_class = LandmarkLlamaConfig
@@ -277,6 +258,13 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
@@ -303,6 +291,11 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
             num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
                 configuration's, for this call.
+            cu_seq_lens_q: (documents + 1,), where the documents of a single row begin, and its length; instead of
+                `position_ids`.
+            seq_idx: (batch, length), the number of each column's document; instead of both.
+            cu_seq_lens_k, max_length_q, max_length_k, cache_position, token_type_ids: accepted, as other libraries pass
+                them to any model, and not needed.
 
         Raises:
             ValueError: naming the argument and the place in it.
@@ -321,14 +314,16 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             num_local_blocks=num_local_blocks,
             local_attention=local_attention,
             retrieval_granularity=retrieval_granularity,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
         )
         states, loss = outputs.last_hidden_state, None
         if labels is None:
-            logits = self.lm_head(states)
+            logits = self._logits(states)
         else:
             targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             everything = isinstance(logits_to_keep, int) and not logits_to_keep
-            logits = self.lm_head(states if everything else _keep_columns(states, logits_to_keep))
+            logits = self._logits(states if everything else _keep(states, logits_to_keep))
             loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -336,6 +331,13 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The output embedding of `states`; padding of the vocabulary is never predicted."""
+        logits = self.lm_head(states)
+        if self.config.num_padded_tokens:
+            logits[..., -self.config.num_padded_tokens :] = torch.finfo(logits.dtype).min
+        return logits
 
     def _targets(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What the result's columns predict, (batch, columns); -100 for landmarks and for what follows on padding."""
@@ -361,17 +363,14 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
     def _loss(
         self, states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, logits: Tensor | None
     ) -> Tensor:
-        """Mean cross-entropy of the next tokens.
-
-        Without the `logits` of all `states` it never holds those of more than one training context a row.
-        """
+        """Mean cross-entropy; without all `logits` given, it holds those of one training context a row at once."""
         targets = targets.to(states.device)
         total = states.new_zeros((), dtype=torch.float32)
         if logits is not None and logits.requires_grad:
             parts = [(logits, targets)]  # whole: a part's gradient would be copied, and rows in training are short
         else:
             length = self.config.train_context_length
-            pieces = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+            pieces = map(self._logits, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
             parts = zip(pieces, targets.split(length, dim=1), strict=True)
         for part, target in parts:
             scores = part.float().flatten(0, 1)
@@ -392,18 +391,13 @@ def _take(states: Tensor, column: Tensor) -> Tensor:
     return states.gather(1, column.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
-def _keep(output: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The columns of (batch, columns) that `logits_to_keep` names."""
+def _keep(columns: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Those of (batch, columns, ...) that `logits_to_keep` names."""
     if isinstance(logits_to_keep, int):
-        return output[:, -logits_to_keep:] if logits_to_keep else output
+        return columns[:, -logits_to_keep:] if logits_to_keep else columns
     if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool:
         raise ValueError(
             f"logits_to_keep: a number of columns or a 1-dimensional tensor of them, got {logits_to_keep.dtype} "
             f"of shape {tuple(logits_to_keep.shape)}"
         )
-    return output[:, logits_to_keep.to(output.device)]
-
-
-def _keep_columns(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    column = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
-    return _take(states, _keep(column, logits_to_keep))
+    return columns[:, logits_to_keep.to(columns.device)]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from finetune.arguments import UserError, parse_arguments
 from finetune.checkpoints.output import COMPLETE, METRICS, checkpoints
+from finetune.checkpoints.resume import SETTINGS
 from finetune.demo.corpus import write_corpus
 from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 from finetune.run import finetune, main
@@ -137,6 +138,20 @@ def test_a_run_interrupted_after_its_last_step_only_evaluates_and_saves(
         main(flags(base, data, tmp_path))
     assert not (tmp_path / METRICS).exists() and not (tmp_path / "model.safetensors").exists()
     monkeypatch.undo()
+    main(flags(base, data, tmp_path))
+    assert same_weights(tmp_path, finished)
+
+
+def test_a_run_that_began_when_rows_still_held_landmarks_goes_on_bit_for_bit(
+    base: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch
+) -> None:
+    interrupt_at_save(monkeypatch, 2, Interruption())
+    with pytest.raises(Interruption):
+        main(flags(base, data, tmp_path))
+    monkeypatch.undo()
+    record = json.loads((tmp_path / SETTINGS).read_text())
+    del record["rows"]
+    (tmp_path / SETTINGS).write_text(json.dumps(record | {"data_fingerprint": "of rows with landmarks"}))
     main(flags(base, data, tmp_path))
     assert same_weights(tmp_path, finished)
 

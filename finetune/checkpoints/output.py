@@ -14,12 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from finetune.arguments import RunArguments, UserError
 from finetune.checkpoints.disk import flush_to_disk, is_disk_full, write_json
 from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_another_run, refuse_damage
+from landmark_llama.hub import LOADER
 
 METRICS = "metrics.json"
 # What a run writes beside its checkpoints; `--overwrite_output_dir` deletes these and nothing else.
 RUN_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial", LOADER,
     "adapter_config.json", "adapter_model.safetensors", "landmark_adapter.json", METRICS, SETTINGS,
 )  # fmt: skip
 

@@ -39,6 +39,7 @@ SHARD_MODULES = (
     "torch", "torch.serialization", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
     "pathlib", "pathlib._local",
 )  # fmt: skip
+ROWS = "plain"  # since rows hold no landmarks; their fingerprint has changed then, the training has not
 SAMPLED = 64  # values of each weight that its fingerprint is made of
 
 
@@ -47,9 +48,12 @@ def run_settings(
 ) -> dict:
     """Every setting that decides what the run computes, as JSON values."""
     training = run_args.to_dict()
+    data = dataclasses.asdict(data_args)
+    demo = data.pop("demo")
     settings = {
         **dataclasses.asdict(model_args),
-        **dataclasses.asdict(data_args),
+        **data,
+        **(demo if data_args.data == ["embedded"] else {}),
         # a run of all weights has none of the others
         **(dataclasses.asdict(adapter_args) if adapter_args.lora_rank else {"lora_rank": None}),
         **{name: training[name] for name in RESULT_SETTINGS},
@@ -84,6 +88,7 @@ def run_contents(model: PreTrainedModel, weights: str, tokenizer: PreTrainedToke
         "base model's weights": weights,
         "data files": rows.files,
         "data_fingerprint": rows.fingerprint,
+        "rows": ROWS,
     }
 
 
@@ -101,6 +106,8 @@ def refuse_another_run(checkpoint: Path, now: dict, asked: str | None) -> None:
             f"{file}: cannot be read, and alone says what {checkpoint.name} was trained on: copy it from the run's "
             "folder, or start afresh with --overwrite_output_dir"
         ) from error
+    if "rows" not in before:  # written when rows still held landmarks: `data files` and the settings have to do
+        now = {name: value for name, value in now.items() if name not in ("rows", "data_fingerprint")}
     if asked:
         before, now = _without_free(before), _without_free(now)
     changed = [f"{name}={before.get(name)}, not {value}" for name, value in now.items() if before.get(name) != value]

@@ -7,7 +7,6 @@ attention reads the blocks of the current chunk directly.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,14 +206,3 @@ def _add_retrieved(output: Tensor, lse: Tensor, rotated: Tensor, choice: Choice,
         (choice.block >= 0).unsqueeze(-1),
         (output.unflatten(4, shape), lse.unflatten(4, shape)),
     ).flatten(4, 5)
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Lets this process keep what the tensors of a chunk leave, for those of the next one.
-
-    glibc gives large blocks back to the system when they are freed; mapping their pages anew can take longer than what
-    is computed on them. It stops doing so for blocks up to the size of the largest one that was freed, 32 MiB at most
-    (mallopt(3), M_MMAP_THRESHOLD), so that freeing one is enough. Elsewhere this does nothing.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
