@@ -1,6 +1,6 @@
 # make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
 # make test    the whole test suite
-# make lint    ruff's checks
+# make lint    ruff's checks, and the order of imports
 # make base    trains the dense model that the demo starts from (finetune/tiny_base), into runs/tiny_base_3_context
 # make clean   removes the demo's results and the virtual environment
 #
@@ -40,6 +40,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 base: $(READY)
 	$(BIN)/python finetune/demo/corpus.py --output runs/tiny_base_corpus \

@@ -34,7 +34,6 @@ from finetune.arguments import (
     UserError,
     parse_arguments,
 )
-from finetune.checkpoints.disk import is_disk_full, write_json
 from finetune.checkpoints.output import (
     METRICS,
     CompleteCheckpoints,
@@ -46,6 +45,7 @@ from finetune.checkpoints.output import (
 from finetune.checkpoints.resume import run_contents, run_settings, weights_fingerprint
 from finetune.data.prepare import Rows, make_rows
 from finetune.demo.corpus import embedded_files
+from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer

@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.arguments import RunArguments, UserError
-from finetune.checkpoints.disk import flush_to_disk, is_disk_full, write_json
 from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_another_run, refuse_damage
+from finetune.disk import flush_to_disk, is_disk_full, write_json
 from landmark_llama.hub import LOADER
 
 METRICS = "metrics.json"

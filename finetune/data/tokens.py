@@ -11,8 +11,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from finetune.arguments import UserError
-from finetune.checkpoints.disk import is_disk_full
 from finetune.data.sources import Shard, Subset, fingerprint, read_shard
+from finetune.disk import is_disk_full
 
 # Texts are tokenised so many at a time, by all cores at once, or fewer where they are long: that bounds the memory.
 BATCH_TEXTS, BATCH_CHARACTERS = 1000, 1_000_000
