@@ -41,6 +41,7 @@ from finetune.checkpoints.output import (
     prepare_output,
     record_run,
     save_finished_model,
+    write_run_card,
 )
 from finetune.checkpoints.resume import run_contents, run_settings, weights_fingerprint
 from finetune.data.prepare import Rows, make_rows
@@ -96,7 +97,9 @@ def finetune(
     save_finished_model(trainer, Path(run_args.output_dir))
     metrics = _metrics(trainer, evaluation["eval_loss"], start.rows, start.model)
     if trainer.is_world_process_zero():
-        write_json(Path(run_args.output_dir) / METRICS, metrics)
+        output_dir = Path(run_args.output_dir)
+        write_run_card(output_dir, start.model, model_args.model_name_or_path, data_args.data, metrics)
+        write_json(output_dir / METRICS, metrics)
         print(f"held-out perplexity {metrics['perplexity']:.4f}; the model is in {run_args.output_dir}")
     return metrics
 

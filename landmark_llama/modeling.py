@@ -29,7 +29,7 @@ from landmark_llama.attention.view import View
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.generation import LandmarkGenerationMixin
-from landmark_llama.hub import InstalledClass
+from landmark_llama.pretrained import LandmarkPreTrained, SavedWithCard
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.segments import Segment, check_segment
@@ -82,11 +82,8 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
         return None
 
 
-class LandmarkLlamaModel(InstalledClass, StreamingMixin, LlamaModel):
+class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
-
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
         config.check_model()
@@ -115,6 +112,12 @@ class LandmarkLlamaModel(InstalledClass, StreamingMixin, LlamaModel):
         retrieval_granularity: RetrievalGranularity | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        # not needed; trl calls this model, not the one with the language head, with all that a collator made
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
         if output_attentions:
@@ -228,11 +231,11 @@ class LandmarkLlamaModel(InstalledClass, StreamingMixin, LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(InstalledClass, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM):
+class LandmarkLlamaForCausalLM(
+    LandmarkPreTrained, SavedWithCard, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM
+):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
     accepts_loss_kwargs = True
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:

@@ -21,6 +21,7 @@ from finetune.demo.corpus import write_corpus
 from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 from finetune.run import finetune, main
 from landmark_llama import LandmarkLlamaForCausalLM
+from landmark_llama.model_card import CARD
 from landmark_llama.tokenization import LANDMARK_TOKEN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,22 @@ def test_a_finished_folder_is_complete_and_loads(finished: Path) -> None:
     assert metrics["steps"] == STEPS and metrics["eval_rows"] == 4 and metrics["ordinary_tokens_per_row"] == 56
     assert metrics["perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).double().exp().item())
     assert [path.name for path in checkpoints(finished)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_the_card_tells_what_came_out_and_a_readme_of_somebody_stays(
+    finished: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    card, metrics = (finished / CARD).read_text(), json.loads((finished / METRICS).read_text())
+    assert f"| held-out perplexity | {metrics['perplexity']:.4f} |" in card and f"Data: {data.name}." in card
+    assert "56 tokens (64 positions" in card and str(data.parent) not in card
+    (tmp_path / CARD).write_text("mine")
+    main(flags(base, data, tmp_path, "--max_steps", "1"))
+    assert (tmp_path / CARD).read_text() == "mine"
+    for own in (True, False):  # what the run wrote itself is written anew, or deleted with the rest
+        if own:
+            (tmp_path / CARD).unlink()
+        main(flags(base, data, tmp_path, "--max_steps", "1", "--overwrite_output_dir", "true"))
+        assert "held-out perplexity" in (tmp_path / CARD).read_text()
 
 
 def test_training_changes_the_landmark_row_and_the_other_weights(finished: Path, base: Path) -> None:
