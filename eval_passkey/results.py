@@ -1,4 +1,4 @@
-"""The files of one model's run: `results.jsonl`, a row a measurement, gone on with if interrupted; `summary.json`."""
+"""The files of one model's run: `results.jsonl`, a row a measurement, resumed if interrupted, and `summary.json`."""
 
 import json
 import os
@@ -64,7 +64,7 @@ class ResultsFolder:
 
     def write_summary(self, summary: dict) -> None:
         """Replaces `summary.json` in one step."""
-        whole = {**summary, **self.identity, "tasks": self.tasks}
+        whole = {**summary, **self.identity, **({"tasks": self.tasks} if self.tasks else {})}
         unfinished = self.summary_path.with_suffix(".json.tmp")
         try:
             unfinished.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -137,9 +137,10 @@ def nll_of_landmark_model(
     The model streams a call that is longer than its window; only the states of the scored tokens are kept.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
+    tokens = model.config.vocab_size - model.config.num_padded_tokens  # padding of the vocabulary is never predicted
     states = decoder(input_ids=input_ids[:, :-1], past_key_values=cache, logits_to_keep=scored).last_hidden_state
     pieces = zip(states.split(PIECE, dim=1), input_ids[:, -scored:].split(PIECE, dim=1), strict=True)
-    return sum(_nll(head(piece), target) for piece, target in pieces)
+    return sum(_nll(head(piece)[..., :tokens], target) for piece, target in pieces)
 
 
 def nll_of_dense_model(model: PreTrainedModel, input_ids: Tensor, scored: int, window: int | None = None) -> float:

@@ -25,13 +25,14 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-from eval_passkey.models import RETRIEVAL_SETTINGS, Subject, device_in_words, find_subject, versions
+from eval_passkey.models import Subject, device_in_words, find_subject, versions
 from eval_passkey.prompts import InputError
 from eval_passkey.results import ResultsFolder
 from eval_passkey.run import is_out_of_memory
 from eval_perplexity.documents import Document, Protocol, Window, beginning_of_text, encode, read_documents
 from eval_perplexity.methods import DENSE_METHODS, SCALED, Method, Scorer
 from eval_perplexity.report import Measured, compare_lengths, compare_methods, plot_perplexity, summarise, table
+from landmark_llama.configuration import RETRIEVAL_SETTINGS
 
 ROW = ("method", "document", "digest", "length", "end", "tokens", "bytes", "nll", "seconds")
 

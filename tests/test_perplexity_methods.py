@@ -70,6 +70,15 @@ def test_the_loss_of_a_landmark_model_is_its_own_with_and_without_streaming(leng
     torch.testing.assert_close(loss(nll_of_landmark_model, model, ids, 9).float()[0], own)
 
 
+def test_padding_of_the_vocabulary_takes_no_probability(landmark):
+    model, ids = LandmarkLlamaForCausalLM.from_pretrained(landmark).eval(), some_ids(1, 41)
+    model.resize_token_embeddings(262)  # from 259
+    model.config.num_padded_tokens = 3
+    with torch.no_grad():
+        own = model(ids[:, :-1], labels=ids).loss * 40
+    torch.testing.assert_close(loss(nll_of_landmark_model, model, ids, 40).float()[0], own)
+
+
 def test_streaming_gives_the_loss_of_one_forward_where_all_blocks_fit(dense, tmp_path):
     # 14 blocks, of which a query sees 2 retrieved ones and 11 before its own
     folder = save_landmark(dense, tmp_path / "wide", num_local_blocks=11, num_retrieved_blocks=2)

@@ -204,7 +204,7 @@ def test_low_precision_is_as_accurate_as_plain_attention(name: str, dtype: torch
 @pytest.mark.parametrize("granularity", ["token_and_head", "head", "token"])
 def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([42, 0], [9, 3], share=granularity == "head")
-    settings = {"num_retrieved_blocks": case.k, "granularity": granularity, "block_size": case.block_size}
+    settings = {"num_retrieved_blocks": case.k, "granularity": granularity}
     settings |= {"rotary": case.rotary, "scale": SCALE, "landmarks_tie": False}
     outputs = []
     for kernels in (False, True):
@@ -274,7 +274,7 @@ def test_a_long_prompt_on_a_gpu(dtype: torch.dtype, granularity: str) -> None:
 @pytest.mark.parametrize("granularity", ["token_and_head", "head"])
 def test_a_decoding_step_is_captured_in_a_graph(granularity: str) -> None:
     case = make_case([640], [1], block_size=16, heads=8, kv_heads=2, head_dim=64, k=4, direct=2)
-    settings = {"num_retrieved_blocks": 4, "granularity": granularity, "block_size": 16, "rotary": case.rotary}
+    settings = {"num_retrieved_blocks": 4, "granularity": granularity, "rotary": case.rotary}
     settings |= {"scale": SCALE, "landmarks_tie": False}
 
     def groups_at(start: int) -> QueryGroups:

@@ -2,13 +2,15 @@
 
 `run.json` in a run's folder says what its checkpoints were trained on: the settings, and what was found under the
 names in them (the tokenizer, the data files, the model's weights). `complete.json` in a checkpoint lists its files.
-Nothing is unpickled: weights are safetensors, the optimiser's state is read with `weights_only=True`.
+No pickle runs: weights are safetensors, the optimiser's state is read with `weights_only=True`, shards as said below.
 """
 
 import dataclasses
 import hashlib
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,13 +26,19 @@ COMPLETE, SETTINGS = "complete.json", "run.json"
 RESULT_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
+    "adam_epsilon", "max_grad_norm", "optim", "optim_args", "optim_target_modules", "neftune_noise_alpha", "seed",
+    "data_seed", "bf16", "fp16",
 )  # fmt: skip
 # What decides where and how fast, and `skip_bad_rows`: rows before a bad one are the same with and without it.
 FREE_SETTINGS = ("corpus_folder", "preprocessing_workers", "skip_bad_rows")
 # What may change where `--resume_from_checkpoint` asks for it: how long, and how a step's rows are shared out.
 LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
 BATCH_SETTINGS = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+SHARDS = ".metadata"  # of each folder of shards that FSDP saves
+SHARD_MODULES = (
+    "torch", "torch.serialization", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "pathlib", "pathlib._local",
+)  # fmt: skip
 ROWS = "plain"  # since rows hold no landmarks; their fingerprint has changed then, the training has not
 SAMPLED = 64  # values of each weight that its fingerprint is made of
 
@@ -144,11 +152,11 @@ def refuse_damage(checkpoint: Path) -> None:
             raise _damaged(checkpoint, name, "missing")
         if found[name] != size:
             raise _damaged(checkpoint, name, f"{found[name]:,} bytes in place of {size:,}")
-    for path in sorted(checkpoint.iterdir()):
+    for name in sorted(found):
         try:
-            _read(path)
+            _read(checkpoint / name)
         except Exception as error:  # readers raise many kinds, none of which is worth a traceback
-            raise _damaged(checkpoint, path.name, str(error).strip().partition("\n")[0]) from error
+            raise _damaged(checkpoint, name, str(error).strip().partition("\n")[0]) from error
 
 
 def _read(path: Path) -> None:
@@ -161,6 +169,23 @@ def _read(path: Path) -> None:
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     elif path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
+    elif path.name == SHARDS:
+        with path.open("rb") as file:
+            _ShardsUnpickler(file).load()
+
+
+class _ShardsUnpickler(pickle.Unpickler):
+    """Reads which tensors stand where in a sharded checkpoint, a pickle; makes torch's own values and calls no more.
+
+    torch itself would call whatever such a file asks for.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in SHARD_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, (type, torch.dtype)) or name == "_get_layout":
+                return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _damaged(checkpoint: Path, name: str, what: str) -> UserError:

@@ -121,9 +121,9 @@ def _load_choice(
     """(queries, K_PAD): the blocks that queries chose, LAST where there is no query and where padded."""
     stride_batch, stride_kv_head, stride_head, stride_group, stride_query = p_choice.stride
     o_choice = tl.arange(0, triton.next_power_of_2(K))
-    p_head = p_choice.p + i_batch * stride_batch + i_head // HEADS_PER_KV * stride_kv_head
-    p_group = p_head + i_head % HEADS_PER_KV * stride_head + i_group * stride_group
-    p_query = p_group + o_query[:, None] * stride_query + o_choice[None, :]
+    p_group = p_choice.p + i_batch * stride_batch + i_group * stride_group
+    p_head = p_group + i_head // HEADS_PER_KV * stride_kv_head + i_head % HEADS_PER_KV * stride_head
+    p_query = p_head + o_query[:, None] * stride_query + o_choice[None, :]
     # (queries, K_PAD)
     return tl.load(p_query, mask=m_query[:, None] & (o_choice < K)[None, :], other=LAST)
 
