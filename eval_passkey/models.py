@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import landmark_llama
-from eval_passkey.task import InputError
+from eval_passkey.prompts import InputError
 from landmark_llama.configuration import RETRIEVAL_SETTINGS
 
 _IDENTIFYING_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.bin")

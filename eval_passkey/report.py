@@ -1,17 +1,13 @@
-"""What the rows of a run come to: accuracy with its interval, the table, the two pictures."""
+"""What the rows of a run come to: accuracy with its interval, by length and by phase, and the printed tables."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
-from pathlib import Path
 from statistics import median
 
 _Z95 = 1.959964  # two-sided 95 % of the normal distribution
-_RANDOM_DEPTH_BANDS = 5
-_TRAINED_AT = ": trained at "
-# Okabe and Ito's blue and vermilion: told apart with any kind of colour vision, and by lightness in print.
-_STYLES = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s", "linestyle": "--"})
+_TABLE_PHASES = 8  # columns of the table by phase
 
 
 @dataclass(frozen=True)
@@ -22,6 +18,16 @@ class Measured:
     rows: Sequence[dict]
     training_context: int | None
     num_depths: int | None  # of the grid; None where depths are random
+    period: int | None = None  # ordinary tokens of a block; None where there are no blocks
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order in which they were asked."""
+        return list(dict.fromkeys(row["task"] for row in self.rows))
+
+    def of_task(self, task: str) -> "Measured":
+        """The rows of one task."""
+        return replace(self, rows=[row for row in self.rows if row["task"] == task])
 
 
 def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
@@ -36,155 +42,112 @@ def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
 
 
 def summarise(rows: Sequence[dict]) -> list[dict]:
-    """One entry a length, shortest first. `seconds_per_prompt` is the median."""
-    by_length = defaultdict(list)
-    for row in rows:
-        by_length[row["length"]].append(row)
-    summary = []
-    for length, group in sorted(by_length.items()):
-        correct = sum(row["correct"] for row in group)
-        low, high = wilson_interval(correct, len(group))
-        summary.append(
+    """One entry a task and length, in the order of the tasks, shortest first.
+
+    `accuracy` is the share of prompts answered in full. For tasks with several answers, `recall` is the mean share of
+    them that was given (RULER's string match, all), `part` the share of prompts with at least one (its match, part).
+    `seconds_per_prompt` is the median.
+    """
+    entries = []
+    for (task, length), group in _grouped(rows, "length").items():
+        entries.append(
             {
+                "task": task,
                 "length": length,
-                "samples": len(group),
-                "correct": correct,
-                "accuracy": correct / len(group),
-                "ci_low": low,
-                "ci_high": high,
+                **_accuracy(group),
+                "recall": sum(row["recall"] for row in group) / len(group),
+                "part": sum(row["recall"] > 0 for row in group) / len(group),
                 "seconds_per_prompt": median(row["seconds"] for row in group),
             }
         )
-    return summary
+    return entries
 
 
-def table(models: Sequence[Measured]) -> str:
-    """The summaries side by side, a line a length."""
-    summaries = [{entry["length"]: entry for entry in summarise(model.rows)} for model in models]
-    names = [" " * 7] + [f"{model.label:^38}" for model in models]
-    heads = [f"{'length':>7}"] + [f"{'right':>9} {'accuracy':>9} {'95 %':>9} {'s/prompt':>8}" for _ in models]
-    lines = [" | ".join(names), " | ".join(heads), "-+-".join("-" * len(head) for head in heads)]
-    for length in sorted(set().union(*summaries)):
-        cells = [f"{length:>7}"] + [_table_cell(summary.get(length)) for summary in summaries]
-        lines.append(" | ".join(cells))
-    return "\n".join(line.rstrip() for line in lines)
+def summarise_phases(rows: Sequence[dict]) -> list[dict]:
+    """One entry a task and phase, all lengths together; empty where there are no blocks.
+
+    The phase of a prompt is the number of its tokens in the last block, which says where the question stands in it.
+    """
+    known = [row for row in rows if row["phase"] is not None]
+    return [
+        {"task": task, "phase": phase, **_accuracy(group)} for (task, phase), group in _grouped(known, "phase").items()
+    ]
 
 
-def _table_cell(entry: dict | None) -> str:
-    if entry is None:
-        return f"{'not run':>9}" + " " * 29
-    right = f"{entry['correct']}/{entry['samples']}"
-    interval = f"{100 * entry['ci_low']:.0f}-{100 * entry['ci_high']:.0f} %"
-    return f"{right:>9} {100 * entry['accuracy']:>7.1f} % {interval:>9} {entry['seconds_per_prompt']:>8.2f}"
-
-
-def plot_accuracy(models: Sequence[Measured], path: Path) -> None:
-    """Accuracy over length with Wilson bars; dotted lines where each model's training context ends."""
-    figure, axes = _new_figure(7.2, 4.6)
-    for i, model in enumerate(models):
-        shift = 1.03 ** (i - (len(models) - 1) / 2)  # keeps the bars of two models apart
-        _draw_accuracy(axes, model, shift, _STYLES[i % len(_STYLES)])
-    lengths = sorted({row["length"] for model in models for row in model.rows})
-    ends = lengths + [model.training_context for model in models if model.training_context]
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(ends) / 1.25, max(ends) * 1.25)
-    axes.set_ylim(-4, 104)
-    axes.set_xticks(lengths, [_short_length(length) for length in lengths], rotation=45 if len(lengths) > 10 else 0)
-    axes.minorticks_off()
-    axes.set_xlabel("prompt length (tokens)")
-    axes.set_ylabel("pass keys found (%)")
-    axes.grid(alpha=0.25)
-    handles, labels = axes.get_legend_handles_labels()  # dotted lines come first; models shall
-    order = sorted(range(len(labels)), key=lambda i: _TRAINED_AT in labels[i])
-    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path)
-
-
-def _draw_accuracy(axes, model: Measured, shift: float, style: dict) -> None:
-    entries = summarise(model.rows)
-    x = [entry["length"] * shift for entry in entries]
-    accuracy = [100 * entry["accuracy"] for entry in entries]
-    below = [max(0.0, 100 * (entry["accuracy"] - entry["ci_low"])) for entry in entries]
-    above = [max(0.0, 100 * (entry["ci_high"] - entry["accuracy"])) for entry in entries]
-    axes.errorbar(x, accuracy, (below, above), label=model.label, capsize=3, elinewidth=1.2, linewidth=1.8, **style)
-    if model.training_context:
-        label = f"{model.label}{_TRAINED_AT}{model.training_context:,} positions"
-        axes.axvline(model.training_context * shift, color=style["color"], linestyle=":", linewidth=1.5, label=label)
-
-
-def plot_depth(models: Sequence[Measured], path: Path) -> None:
-    """Accuracy by length and depth of the needle, a panel a model; each cell says how many of how many were right."""
-    figure, panels = _new_figure(1.6 + 5.2 * len(models), 4.4, columns=len(models))
-    for axes, model in zip(panels, models, strict=True):
-        image = _draw_depth(axes, model)
-    panels[0].set_ylabel("depth of the needle (0 %: start of the filler)")
-    figure.colorbar(image, ax=list(panels), label="share of pass keys found", fraction=0.04, pad=0.02)
-    figure.savefig(path)
-
-
-def _draw_depth(axes, model: Measured):
-    """Draws a panel and returns its image, which the colour bar explains."""
-    lengths = sorted({row["length"] for row in model.rows})
-    bands = _depth_bands(model.num_depths)
-    counts = _depth_counts(model, lengths)
-    shares = [[right / total if total else float("nan") for right, total in line] for line in counts]
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for i, line in enumerate(counts):
-        for j, (right, total) in enumerate(line):
-            if total:
-                colour = "black" if right > total / 2 else "white"
-                axes.text(j, i, f"{right}/{total}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_facecolor("0.9")  # cells without a prompt
-    axes.set_xticks(range(len(lengths)), [_short_length(length) for length in lengths])
-    axes.set_yticks(range(len(bands)), bands)
-    axes.set_xticks([j + 0.5 for j in range(len(lengths) - 1)], minor=True)
-    axes.set_yticks([i + 0.5 for i in range(len(bands) - 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("prompt length (tokens)")
-    axes.set_title(model.label, fontsize=10)
-    return image
-
-
-def _depth_counts(model: Measured, lengths: Sequence[int]) -> list[list[list[int]]]:
-    """[right, total] by depth band and length."""
-    bands = len(_depth_bands(model.num_depths))
-    counts = [[[0, 0] for _ in lengths] for _ in range(bands)]
-    for row in model.rows:
-        if model.num_depths is None:
-            band = min(int(row["depth"] * bands), bands - 1)
-        else:
-            band = round(row["depth"] * (bands - 1))
-        cell = counts[band][lengths.index(row["length"])]
-        cell[0] += bool(row["correct"])
-        cell[1] += 1
+def phase_counts(rows: Sequence[dict], bins: Sequence[range]) -> list[list[int]]:
+    """[right, total] in each bin of phases."""
+    counts = [[0, 0] for _ in bins]
+    for row in rows:
+        i = next(i for i, phases in enumerate(bins) if row["phase"] in phases)
+        counts[i][0] += bool(row["correct"])
+        counts[i][1] += 1
     return counts
 
 
-def _depth_bands(num_depths: int | None) -> list[str]:
-    """Names of the heat map's rows: the depths of the grid, or bands of random depths."""
-    if num_depths is None:
-        width = 100 // _RANDOM_DEPTH_BANDS
-        return [f"{start}-{start + width} %" for start in range(0, 100, width)]
-    return [f"{100 * i / max(num_depths - 1, 1):.0f} %" for i in range(num_depths)]
+def phase_bins(period: int, at_most: int) -> list[range]:
+    """The phases 0 to `period - 1` in at most so many bins, all but the last of the same width."""
+    width = -(-period // at_most)
+    return [range(start, min(start + width, period)) for start in range(0, period, width)]
 
 
-def _short_length(length: int) -> str:
-    """1024 as 1k; a number that is no whole multiple stays as it is."""
-    for size, unit in ((1024**2, "M"), (1024, "k")):
-        if length % size == 0:
-            return f"{length // size}{unit}"
-    return str(length)
+def bin_name(phases: range) -> str:
+    """`4-5`, or `4` alone."""
+    return f"{phases[0]}-{phases[-1]}" if len(phases) > 1 else str(phases[0])
 
 
-def _new_figure(width: float, height: float, columns: int | None = None):
-    """A figure that needs no display, with its axes (a sequence of them if `columns` is given)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _grouped(rows: Sequence[dict], field: str) -> dict[tuple, list[dict]]:
+    """Rows by task and the field, tasks in the order in which they come, the field ascending."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row[field]].append(row)
+    return dict(sorted(groups.items(), key=lambda item: (tasks.index(item[0][0]), item[0][1])))
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    if columns is None:
-        return figure, figure.subplots()
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+def _accuracy(group: Sequence[dict]) -> dict:
+    correct = sum(row["correct"] for row in group)
+    low, high = wilson_interval(correct, len(group))
+    accuracy = correct / len(group)
+    return {"samples": len(group), "correct": correct, "accuracy": accuracy, "ci_low": low, "ci_high": high}
+
+
+def table(models: Sequence[Measured]) -> str:
+    """The summaries side by side, a line a task and length; with the recall where a task has several answers."""
+    summaries = [{(entry["task"], entry["length"]): entry for entry in summarise(model.rows)} for model in models]
+    keys = list(dict.fromkeys(key for summary in summaries for key in summary))
+    tasks = list(dict.fromkeys(task for task, _ in keys))
+    several = any(entry["recall"] != entry["accuracy"] for summary in summaries for entry in summary.values())
+    column = f"{'right':>9} {'accuracy':>9} {'95 %':>9} " + (f"{'recall':>8} " if several else "") + f"{'s/prompt':>8}"
+    width = max(map(len, ["task", *tasks]))
+    names = [" " * (width + 8)] + [f"{model.label:^{len(column)}}" for model in models]
+    heads = [f"{'task':<{width}} {'length':>7}"] + [column for _ in models]
+    lines = [" | ".join(names), " | ".join(heads), "-+-".join("-" * len(head) for head in heads)]
+    for task, length in sorted(keys, key=lambda key: (tasks.index(key[0]), key[1])):
+        cells = [_table_cell(summary.get((task, length)), several) for summary in summaries]
+        lines.append(" | ".join([f"{task:<{width}} {length:>7}", *(f"{cell:<{len(column)}}" for cell in cells)]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _table_cell(entry: dict | None, several: bool) -> str:
+    if entry is None:
+        return f"{'not run':>9}"
+    right = f"{entry['correct']}/{entry['samples']}"
+    interval = f"{100 * entry['ci_low']:.0f}-{100 * entry['ci_high']:.0f} %"
+    recall = f"{100 * entry['recall']:>6.1f} % " if several else ""
+    return f"{right:>9} {100 * entry['accuracy']:>7.1f} % {interval:>9} {recall}{entry['seconds_per_prompt']:>8.2f}"
+
+
+def phase_table(models: Sequence[Measured]) -> str:
+    """The share of right answers by the phase of the prompt, a line a model and task; all have the same period."""
+    period = next(model.period for model in models if model.period)
+    bins = phase_bins(period, _TABLE_PHASES)
+    names = [bin_name(phases) for phases in bins]
+    lines = [(f"{model.label}, {task}", model.of_task(task)) for model in models for task in model.tasks]
+    title = f"right, in %, by tokens in the last block (0 to {period - 1})"
+    width = max(map(len, [title, *(label for label, _ in lines)]))
+    shown = [f"{title:<{width}} " + " ".join(f"{name:>5}" for name in names)]
+    for label, measured in lines:
+        counts = phase_counts(measured.rows, bins)
+        cells = [f"{100 * right / total:>5.0f}" if total else f"{'-':>5}" for right, total in counts]
+        shown.append(f"{label:<{width}} " + " ".join(cells))
+    return "\n".join(shown)

@@ -1,33 +1,43 @@
-"""The files of one model's run: `results.jsonl`, a row a prompt, resumed after an interruption, and `summary.json`."""
+"""The files of one model's run: `results.jsonl`, a row a measurement, resumed if interrupted, and `summary.json`."""
 
 import json
 import os
 from pathlib import Path
 
-from eval_passkey.task import InputError
+from eval_passkey.prompts import InputError
+
+PROMPT_FIELDS = ("length", "seed", "depth", "correct", "seconds")
 
 
 class ResultsFolder:
     """Where the rows of one model and one setting are gathered.
 
-        results = ResultsFolder(Path("out"), identity={"model": ..., "settings": {...}})
-        if (512, 0) not in results.done:
-            results.append({"length": 512, "seed": 0, ...})
+        results = ResultsFolder(Path("out"), {"model": ..., "settings": {...}}, tasks={"passkey": {...}})
+        if ("passkey", 512, 0) not in results.done:
+            results.append({"task": "passkey", "length": 512, "seed": 0, ...})
         results.write_summary({"rows": ..., "versions": ...})
 
     identity: what all rows of the folder must share; JSON values, nested dictionaries allowed. It is written to
         `summary.json` before the first row.
+    tasks: by name, what rows of that task must share. A folder takes further tasks.
+    fields: what every row has; a line without them is no row of these results.
     InputError if the folder cannot be written, holds rows of another identity, or a row in its middle is broken. A
     broken last row is what an interruption leaves: it is removed.
     """
 
-    def __init__(self, folder: Path, identity: dict):
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict,
+        tasks: dict[str, dict] | None = None,
+        fields: tuple[str, ...] = PROMPT_FIELDS,
+    ):
         self.rows_path = folder / "results.jsonl"
         self.summary_path = folder / "summary.json"
-        self.identity = identity
+        self.identity, self.tasks = identity, tasks or {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.rows = _read_rows(self.rows_path)
+            self.rows = _read_rows(self.rows_path, fields)
             if self.rows:
                 self._refuse_another_identity()
             else:
@@ -37,9 +47,9 @@ class ResultsFolder:
             raise InputError(f"output {folder}: cannot be read and written ({error.strerror})") from error
 
     @property
-    def done(self) -> set[tuple[int, int]]:
-        """Length and seed of the prompts that need not be run again."""
-        return {(row["length"], row["seed"]) for row in self.rows}
+    def done(self) -> set[tuple[str, int, int]]:
+        """Task, length and seed of the prompts that need not be run again."""
+        return {(row["task"], row["length"], row["seed"]) for row in self.rows}
 
     def append(self, row: dict) -> None:
         """Adds a row to the file at once, so that an interruption loses no more than the prompt it hits."""
@@ -54,9 +64,10 @@ class ResultsFolder:
 
     def write_summary(self, summary: dict) -> None:
         """Replaces `summary.json` in one step."""
+        whole = {**summary, **self.identity, **({"tasks": self.tasks} if self.tasks else {})}
         unfinished = self.summary_path.with_suffix(".json.tmp")
         try:
-            unfinished.write_text(json.dumps({**summary, **self.identity}, indent=2) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
             os.replace(unfinished, self.summary_path)
         except OSError as error:
             raise InputError(f"{self.summary_path}: cannot be written ({error.strerror})") from error
@@ -73,22 +84,25 @@ class ResultsFolder:
                 f"output {self.rows_path.parent}: holds results.jsonl without a readable summary.json that says what "
                 "they are of; choose another --output"
             ) from error
-        different = _differences(earlier, self.identity)
+        earlier_tasks = earlier.get("tasks", {})
+        both = {name: task for name, task in self.tasks.items() if name in earlier_tasks}
+        different = _differences(earlier, self.identity) + _differences(earlier_tasks, both, "tasks.")
         if different:
             raise InputError(
                 f"output {self.rows_path.parent}: holds results of another run ({'; '.join(different)}); "
                 "choose another --output"
             )
+        self.tasks = {**earlier_tasks, **self.tasks}
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """The rows of a file, none if there is no file. A torn row at its end is cut off the file."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     rows: list[dict] = []
     for i, line in enumerate(lines):
-        row = _row(line)
+        row = _row(line, fields)
         if row is None and i < len(lines) - 1:
             raise InputError(f"{path}, line {i + 1}: is no row of results; choose another --output")
         if row is None:
@@ -98,13 +112,12 @@ def _read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _row(line: bytes) -> dict | None:
+def _row(line: bytes, fields: tuple[str, ...]) -> dict | None:
     """The row that a line holds, or None if it is torn or something else."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    fields = ("length", "seed", "depth", "correct", "seconds")
     whole = line.endswith(b"\n") and isinstance(row, dict) and all(field in row for field in fields)
     return row if whole else None
 

@@ -1,18 +1,18 @@
-"""Finds a pass key in long texts: the accuracy of a causal language model over prompt length.
+"""Finds pass keys, and what else is hidden, in long texts: the accuracy of a causal language model over prompt length.
 
     python eval_passkey/run.py --model DIR --lengths 512 4096 32768 --samples 20 --output DIR
     python eval_passkey/run.py --model DIR --baseline DENSE_DIR --depths grid --num_depths 5 --output DIR
+    python eval_passkey/run.py --model DIR --task passkey passkey:once multi_key:16 variable_tracking:2 --output DIR
+    python eval_passkey/run.py --model DIR --task passkey:text --haystack BOOK.txt --output DIR
     python eval_passkey/run.py --model DIR --num_retrieved_blocks 8 --retrieval_granularity head --output OTHER_DIR
 
-Writes `results.jsonl` (a row a prompt), `summary.json`, `accuracy.png` and `depth.png` into the output folder, the
-baseline's rows and summary into `baseline/` inside it. An interrupted run goes on where it stopped; more lengths or
-samples can be added to a finished one.
+Writes `results.jsonl` (a row a prompt), `summary.json`, `accuracy.png`, `depth.png` and `phase.png` into the output
+folder, the baseline's rows and summary into `baseline/` inside it. An interrupted run goes on where it stopped; more
+tasks, lengths or samples can be added to a finished one. `docs/pass_key.md` says what is asked, and how it is judged.
 """
 
 import gc
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,147 +22,107 @@ from transformers import HfArgumentParser, PreTrainedModel
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-from eval_passkey.models import (
-    RETRIEVAL_SETTINGS,
-    Subject,
-    device_in_words,
-    find_subject,
-    load_model,
-    versions,
-)
-from eval_passkey.report import Measured, plot_accuracy, plot_depth, summarise, table
+from eval_passkey.arguments import Arguments
+from eval_passkey.haystack import TextHaystack, read_texts
+from eval_passkey.measure import ask, block_tokens
+from eval_passkey.models import Subject, device_in_words, find_subject, load_model, versions
+from eval_passkey.pictures import draw
+from eval_passkey.prompts import Encoder, InputError, Task, drawn_length
+from eval_passkey.report import Measured, phase_table, summarise, summarise_phases, table
 from eval_passkey.results import ResultsFolder
-from eval_passkey.task import DEFAULT_TEMPLATE, InputError, PasskeyTask, Prompt, judge, load_template
+from eval_passkey.tasks import TaskName, make_task
+from landmark_llama.configuration import RETRIEVAL_SETTINGS
 
+PROTOCOL = 2  # raised whenever the same settings come to other prompts or another judgement
 
-@dataclass
-class Arguments:
-    """What is measured, and how."""
-
-    model: str = field(metadata={"help": "Folder or hub id of a causal language model with its tokenizer."})
-    output: str = field(metadata={"help": "Folder of the results; made if it is not there."})
-    baseline: str | None = field(default=None, metadata={"help": "A second model, shown beside the first."})
-    lengths: list[int] = field(
-        default_factory=lambda: [512, 4096, 32768],
-        metadata={"help": "Prompt lengths in tokens of the model's own tokenizer, BOS included."},
-    )
-    samples: int = field(default=20, metadata={"help": "Prompts a length."})
-    depths: Literal["random", "grid"] = field(
-        default="random", metadata={"help": "Where the needle stands: anywhere, or in turn at evenly spaced depths."}
-    )
-    num_depths: int = field(default=5, metadata={"help": "Depths of the grid; has to divide --samples."})
-    seed: int = field(default=0, metadata={"help": "Seed of the first prompt of a length; the next has the next one."})
-    template: str = field(default=str(DEFAULT_TEMPLATE), metadata={"help": "JSON file with the wording."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: as in the checkpoint."}
-    )
-    device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
-    num_retrieved_blocks: int | None = field(default=None, metadata={"help": "Landmark model: blocks a query reads."})
-    num_local_blocks: int | None = field(
-        default=None, metadata={"help": "Landmark model: blocks before a query's own that it reads directly."}
-    )
-    retrieval_granularity: str | None = field(
-        default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
-    )
-    local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
-
-    def __post_init__(self) -> None:
-        for length in self.lengths:
-            if length < 1:
-                raise InputError(f"--lengths {length}: a prompt has at least one token")
-        if not self.lengths:
-            raise InputError("--lengths: at least one length is needed")
-        for name in ("samples", "num_depths"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.depths == "grid" and self.samples % self.num_depths:
-            raise InputError(f"--samples {self.samples}: must be a multiple of --num_depths {self.num_depths}")
-        self.lengths = sorted(set(self.lengths))
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    def depth(self, sample: int) -> float | None:
-        """Depth of a length's n-th prompt; None where it is drawn from the seed."""
-        if self.depths == "random":
-            return None
-        return (sample % self.num_depths) / max(self.num_depths - 1, 1)
+Role = Literal["model", "baseline"]
 
 
 class PasskeyRun:
-    """One model's part of the run: its prompts, its folder, its rows. Everything but the weights is checked at once."""
+    """One model's part of the run: its prompts, its folder, its rows. Everything but the weights is checked at once.
 
-    def __init__(self, args: Arguments, role: Literal["model", "baseline"]):
-        self.args, self.role = args, role
-        retrieval = {name: getattr(args, name) for name in RETRIEVAL_SETTINGS if getattr(args, name) is not None}
-        is_model = role == "model"
-        self.subject: Subject = find_subject(f"--{role}", getattr(args, role), retrieval if is_model else {})
-        template = load_template(args.template)
-        self.task = PasskeyTask(self.subject.tokenizer, template)
-        self.task.prompt(args.lengths[0], seed=args.seed)  # refuses a length that is too short
+    period: ordinary tokens of a block, by which phases are told; `find_period` of the two models.
+    """
+
+    def __init__(self, args: Arguments, role: Role, subject: Subject, period: int | None):
+        self.args, self.role, self.subject, self.period = args, role, subject, period
+        self.spread = 1 if args.exact_lengths else args.length_spread or period or 1
+        longest = args.baseline_max_length if role == "baseline" else None
+        self.lengths = [length for length in args.lengths if longest is None or length <= longest]
+        self.tasks = make_tasks(args, subject)
+        self._refuse_short_lengths()
         self.skipped: list[dict] = []
         settings = {
+            "protocol": PROTOCOL,
             "seed": args.seed,
             "depths": args.depths,
             "num_depths": args.num_depths if args.depths == "grid" else None,
+            "length_spread": self.spread,
+            "phases": period,
+            "chat_template": args.chat_template,
             "dtype": args.dtype,
-            "retrieval": self.subject.retrieval_settings,
-            "template": {
-                name: list(value) if isinstance(value, tuple) else value for name, value in vars(template).items()
-            },
+            "retrieval": subject.retrieval_settings,
         }
-        folder = Path(args.output) if is_model else Path(args.output) / "baseline"
-        self.results = ResultsFolder(folder, {"fingerprint": self.subject.fingerprint, "settings": settings})
+        folder = Path(args.output) / ("baseline" if role == "baseline" else "")
+        identity = {"fingerprint": subject.fingerprint, "settings": settings}
+        self.results = ResultsFolder(folder, identity, {task.name: task.describe() for task in self.tasks})
+
+    def _refuse_short_lengths(self) -> None:
+        """Every prompt of the shortest length has to have room; where there is little, each of them is made."""
+        for length in self.lengths[:1]:
+            try:
+                for task in self.tasks:
+                    tight = length - self.spread < 2 * task.minimum_length()
+                    for i in range(self.args.samples if tight else 0):
+                        task.prompt(self._tokens(length, i), self.args.seed + i)
+            except InputError as error:
+                if self.spread == 1:
+                    raise
+                less = f"up to {self.spread - 1} tokens less"
+                raise InputError(f"--lengths {length}: prompts have {less}; {error}") from error
+
+    def _tokens(self, length: int, sample: int) -> int:
+        """Of the n-th prompt of a length."""
+        return drawn_length(length, self.args.seed + sample, self.spread)
 
     def run(self) -> None:
         """Answers the prompts that have no row yet, shortest first, with a bar that counts their tokens."""
-        done = self.results.done
-        wanted = [(length, i) for length in self.args.lengths for i in range(self.args.samples)]
-        missing = [(length, i) for length, i in wanted if (length, self.args.seed + i) not in done]
-        finished = sum(length for length, _ in wanted) - sum(length for length, _ in missing)
+        done, seed = self.results.done, self.args.seed
+        samples = range(self.args.samples)
+        wanted = [(length, task, i) for length in self.lengths for task in self.tasks for i in samples]
+        missing = [(length, task, i) for length, task, i in wanted if (task.name, length, seed + i) not in done]
+        finished = sum(length for length, _, _ in wanted) - sum(length for length, _, _ in missing)
         model = load_model(f"--{self.role}", self.subject, self.args.dtype, self.args.device) if missing else None
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # no warning about prompts beyond the training context: they are the point
         with tqdm(
             desc=f"{self.role} {Path(self.subject.name).name}",
-            total=sum(length for length, _ in wanted),
+            total=sum(length for length, _, _ in wanted),
             initial=finished,
             unit="tok",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
             dynamic_ncols=True,
         ) as bar:
-            for length, sample in missing:
+            for length, task, sample in missing:
                 if all(length != skip["length"] for skip in self.skipped):
-                    self._run_prompt(model, length, sample)
-                    self._show_score(bar, length)
+                    self._ask(model, task, length, sample)
+                    self._show_score(bar, task, length)
                 bar.update(length)
         logging.set_verbosity(verbosity)
         self.write_summary()
 
-    def _run_prompt(self, model: PreTrainedModel, length: int, sample: int) -> None:
-        prompt = self.task.prompt(length, self.args.seed + sample, self.args.depth(sample))
-        start = time.perf_counter()
+    def _ask(self, model: PreTrainedModel, task: Task, length: int, sample: int) -> None:
+        seed, tokens, depth = self.args.seed + sample, self._tokens(length, sample), self.args.depth(sample)
         try:
-            answer = generate_answer(model, self.task.tokenizer, prompt)
+            row = ask(model, task, length, seed, prompt_tokens=tokens, depth=depth, period=self.period)
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             # a baseline may also run past its positions; of the model, nothing but a lack of memory is put aside
             if self.role == "model" and not is_out_of_memory(error):
                 raise
             self._skip(length, error)
-            return
-        seconds = time.perf_counter() - start
-        correct, prediction = judge(answer, prompt.key)
-        self.results.append(
-            {
-                "length": length,
-                "prompt_tokens": len(prompt.input_ids),
-                "depth": round(prompt.depth, 6),
-                "seed": prompt.seed,
-                "key": str(prompt.key),
-                "prediction": prediction,
-                "correct": correct,
-                "seconds": round(seconds, 4),
-            }
-        )
+        else:
+            self.results.append(row)
 
     def _skip(self, length: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -172,17 +132,20 @@ class PasskeyRun:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _show_score(self, bar: tqdm, length: int) -> None:
-        rows = [row for row in self.results.rows if row["length"] == length]
-        bar.set_postfix_str(f"{length} tokens: {sum(row['correct'] for row in rows)}/{len(rows)} right", refresh=False)
+    def _show_score(self, bar: tqdm, task: Task, length: int) -> None:
+        rows = [row for row in self.results.rows if (row["task"], row["length"]) == (task.name, length)]
+        right = sum(row["correct"] for row in rows)
+        bar.set_postfix_str(f"{task.name}, {length} tokens: {right}/{len(rows)} right", refresh=False)
 
     def write_summary(self) -> None:
         """Sums up all rows of the folder."""
         self.results.write_summary(
             {
                 "rows": summarise(self.results.rows),
+                "by_phase": summarise_phases(self.results.rows),
                 "skipped": self.skipped,
                 "model": self.subject.name,
+                "haystack": self.args.haystack,
                 "training_context": self.subject.training_context,
                 "versions": versions(),
                 "device": device_in_words(self.args.device),
@@ -193,23 +156,28 @@ class PasskeyRun:
         """The rows as the report wants them."""
         num_depths = self.args.num_depths if self.args.depths == "grid" else None
         label = f"{self.role} ({Path(self.subject.name).name})"
-        return Measured(label, self.results.rows, self.subject.training_context, num_depths)
+        return Measured(label, self.results.rows, self.subject.training_context, num_depths, self.period)
 
 
-@torch.inference_mode()
-def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
-    """What the model says after a prompt, greedily, whatever its generation configuration prefers."""
-    input_ids = torch.tensor([prompt.input_ids], device=model.device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=prompt.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
-    )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+def make_tasks(args: Arguments, subject: Subject) -> list[Task]:
+    """The tasks of the command line with a model's tokenizer."""
+    encoder = Encoder(subject.tokenizer, args.chat_template)
+    text = TextHaystack(encoder, read_texts(args.haystack), " ".join(args.haystack)) if args.haystack else None
+    return [make_task(TaskName.parse(name), encoder, text, args.template) for name in args.task]
+
+
+def find_subjects(args: Arguments) -> dict[Role, Subject]:
+    """The model and, if there is one, the baseline; retrieval settings are the model's."""
+    retrieval = {name: getattr(args, name) for name in RETRIEVAL_SETTINGS if getattr(args, name) is not None}
+    subjects: dict[Role, Subject] = {"model": find_subject("--model", args.model, retrieval)}
+    if args.baseline is not None:
+        subjects["baseline"] = find_subject("--baseline", args.baseline, {})
+    return subjects
+
+
+def find_period(subjects: dict[Role, Subject]) -> int | None:
+    """Ordinary tokens in a block of the first landmark model: both are asked the same prompts."""
+    return next(filter(None, (block_tokens(subject.config) for subject in subjects.values())), None)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -219,30 +187,25 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def draw(models: list[Measured], output: Path) -> list[Path]:
-    """Makes the two pictures and returns their paths."""
-    accuracy, depth = output / "accuracy.png", output / "depth.png"
-    try:
-        plot_accuracy(models, accuracy)
-        plot_depth(models, depth)
-    except OSError as error:
-        raise InputError(f"output {output}: the pictures cannot be written ({error.strerror})") from error
-    return [accuracy, depth]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, or 1 if the model had to skip a length."""
     args = Arguments(**vars(HfArgumentParser(Arguments).parse_args(argv)))
-    runs = [PasskeyRun(args, role) for role in ("model", "baseline") if getattr(args, role) is not None]
+    subjects = find_subjects(args)
+    period = find_period(subjects)
+    runs = [PasskeyRun(args, role, subject, period) for role, subject in subjects.items()]
     for run in runs:
         run.run()
-    output = Path(args.output)
     models = [run.measured() for run in runs]
     print(table(models))
+    if period:
+        print("\n" + phase_table(models))
     paths = [path for run in runs for path in (run.results.rows_path, run.results.summary_path)]
     models = [model for model in models if model.rows]
     if models:
-        paths += draw(models, output)
+        try:
+            paths += draw(models, Path(args.output))
+        except OSError as error:
+            raise InputError(f"output {args.output}: the pictures cannot be written ({error.strerror})") from error
     print("\n".join(str(path) for path in paths))
     return 1 if runs[0].skipped else 0
 

@@ -14,6 +14,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
+from finetune.demo.arguments import DemoArguments
+
 DEFAULT_BLOCK_SIZE = 64
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -58,6 +60,10 @@ class ModelArguments:
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )
+    pad_vocabulary_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "rows of no token behind the embeddings, up to a multiple of this: 64 suits GPUs"},
+    )
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
 
     def block_size_of(self, config: PretrainedConfig) -> tuple[int, int | None]:
@@ -74,7 +80,8 @@ class DataArguments:
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "JSONL (.zst, .gz), parquet and text files or folders of them, one hub data set name, or `embedded`"
+            "help": "JSONL (.zst, .gz), parquet and text files or folders of them, one hub data set name, or "
+            "`embedded`: the demo's corpus (finetune/demo/arguments.py lists its flags)"
         },
     )
     mixture: list[str] = field(
@@ -105,25 +112,7 @@ class DataArguments:
     heldout_share: float = field(default=0.02, metadata={"help": "share of the documents kept for evaluation"})
     max_heldout_rows: int = field(default=500, metadata={"help": "evaluate on at most this many rows"})
     preprocessing_workers: int = field(default=2, metadata={"help": "processes that read and tokenise"})
-    corpus_folder: str | None = field(
-        default=None, metadata={"help": "embedded: where it is written (OUTPUT_DIR/corpus)"}
-    )
-    corpus_documents: int = field(default=20_000, metadata={"help": "embedded: documents in all"})
-    corpus_retrieval_share: float = field(default=0.9, metadata={"help": "embedded: share of retrieval documents"})
-    corpus_retrieval_characters: list[int] = field(
-        default_factory=lambda: [80, 1000], metadata={"help": "embedded: shortest and longest retrieval document"}
-    )
-    corpus_copy_share: float = field(
-        default=0.1, metadata={"help": "embedded: share of the retrieval documents that only say something twice"}
-    )
-    corpus_register_share: float = field(
-        default=0.3, metadata={"help": "embedded: share of registers among the others, which hide numbers in texts"}
-    )
-    corpus_refrain_share: float = field(
-        default=0.35, metadata={"help": "embedded: share of those texts that say a few sentences over and over"}
-    )
-    corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
-    vocabulary_size: int = field(default=1536, metadata={"help": "pieces of the `embedded` tokenizer"})
+    demo: DemoArguments = field(default_factory=DemoArguments, init=False)  # flags of their own, see `parse_arguments`
 
 
 @dataclass
@@ -158,6 +147,14 @@ class RunArguments(TrainingArguments):
         default=0,
         metadata={"help": "leave out so many steps of a run whose loss or gradient is not finite; stop at one more"},
     )
+    eval_passkey_steps: int = field(
+        default=0, metadata={"help": "ask a few pass keys after every so many steps, and log the share found; 0: never"}
+    )
+    eval_passkey_lengths: list[int] = field(
+        default_factory=list,
+        metadata={"help": "tokens of their prompts (default: context_length, and four times that)"},
+    )
+    eval_passkey_samples: int = field(default=5, metadata={"help": "prompts of each length"})
     cpu_threads: int = field(
         default=0, metadata={"help": "threads of one process on a CPU; 0: all cores, shared evenly"}
     )
@@ -165,6 +162,9 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
 
     def __post_init__(self) -> None:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if not self.bf16 and not self.fp16:  # what `accelerate launch` was told is recorded and counted with, too
+            self.bf16, self.fp16 = launched == "bf16", launched == "fp16"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if not torch.cuda.is_available():
                 self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
@@ -196,22 +196,27 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     found, flags = finder.parse_known_args(argv)
-    parser = _Parser(ARGUMENTS, allow_abbrev=False)
     from_file = _flags_from_yaml(Path(found.config), _field_names()) if found.config else []
+    model, data, run, adapter, rest = _parse(ARGUMENTS, [*from_file, *flags])
+    data.demo, unknown = _parse(DemoArguments, rest)
+    if unknown:
+        raise UserError(f"unknown flag {unknown[0]}{_suggestion(unknown[0].lstrip('-'), _field_names())}")
+    _check(model, data, run, adapter)
+    return model, data, run, adapter
+
+
+def _parse(classes: type | tuple[type, ...], flags: list[str]) -> tuple:
+    """An instance of each of `classes`, and the flags that belong to none of them."""
     try:
-        *arguments, unknown = parser.parse_args_into_dataclasses(
-            [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
+        return _Parser(classes, allow_abbrev=False).parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
-    if unknown:
-        raise UserError(f"unknown flag {unknown[0]}{_suggestion(unknown[0].lstrip('-'), _field_names())}")
-    _check(*arguments)
-    return tuple(arguments)
 
 
 def _field_names() -> list[str]:
-    return [f.name for cls in ARGUMENTS for f in dataclasses.fields(cls) if f.init]
+    return [f.name for cls in (*ARGUMENTS, DemoArguments) for f in dataclasses.fields(cls) if f.init]
 
 
 def _flags_from_yaml(path: Path, known: list[str]) -> list[str]:
@@ -249,12 +254,51 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError("--config_name starts from random weights and needs --tokenizer_name")
     if model.tokenizer_name == "embedded" and data.data != ["embedded"]:
         raise UserError("--tokenizer_name embedded needs --data embedded")
-    if not data.data:
-        raise UserError("--data is missing: JSONL, parquet or text files or folders, a hub data set, or `embedded`")
     if not run.output_dir:
         raise UserError("--output_dir is missing: the folder for the trained model")
     if model.block_size is not None and model.block_size < 2:
         raise UserError(f"--block_size {model.block_size}: a block needs at least one token and its landmark (>= 2)")
+    if model.pad_vocabulary_to_multiple_of is not None:
+        _check_padding(model.pad_vocabulary_to_multiple_of, model, adapter)
+    if run.max_nan_steps < 0:
+        raise UserError(f"--max_nan_steps {run.max_nan_steps}: must be 0 or more")
+    if run.eval_passkey_steps < 0:
+        raise UserError(f"--eval_passkey_steps {run.eval_passkey_steps}: must be 0 (never) or more")
+    if run.eval_passkey_samples < 1:
+        raise UserError(f"--eval_passkey_samples {run.eval_passkey_samples}: at least one prompt is needed (>= 1)")
+    _check_data(data, run)
+    _check_rows(data, model)
+
+
+def _check_padding(multiple: int, model: ModelArguments, adapter: AdapterArguments) -> None:
+    flag = f"--pad_vocabulary_to_multiple_of {multiple}"
+    if multiple < 1:
+        raise UserError(f"{flag}: must be 1 or more")
+    if model.attention == "dense":
+        raise UserError(f"{flag} needs --attention landmark: a dense LLaMA would predict the padding")
+    if adapter.lora_rank is not None:
+        raise UserError(f"{flag}: an adapter is loaded onto its base as that is; leave it out with --lora_rank")
+
+
+def _check_data(data: DataArguments, run: RunArguments) -> None:
+    """Refuses what cannot be read."""
+    if not data.data:
+        raise UserError("--data is missing: JSONL, parquet or text files or folders, a hub data set, or `embedded`")
+    if data.streaming and run.max_steps <= 0:
+        raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
+    if data.shuffle_buffer < 1:
+        raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: at least one row must be held (>= 1)")
+    if data.mixture and data.data == ["embedded"]:
+        raise UserError("--mixture is for files and hub data sets; the embedded corpus has --corpus_retrieval_share")
+    if not 0 < data.heldout_share < 1:
+        raise UserError(f"--heldout_share {data.heldout_share}: must lie between 0 and 1")
+    characters = data.demo.corpus_retrieval_characters
+    if len(characters) != 2 or not 0 < characters[0] <= characters[1]:
+        raise UserError(f"--corpus_retrieval_characters {characters}: give the shortest and the longest document")
+
+
+def _check_rows(data: DataArguments, model: ModelArguments) -> None:
+    """Refuses rows that the model cannot be trained on."""
     if data.context_length < 2 * (model.block_size or 2):
         raise UserError(f"--context_length {data.context_length}: a row must hold two blocks or more")
     if data.pack_documents == "apart" and model.attention == "dense":
@@ -267,25 +311,12 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError(
             f"--segments {data.segments} needs --pack_documents join or whole: a cache holds one document a row"
         )
-    if data.streaming and run.max_steps <= 0:
-        raise UserError("--streaming true needs --max_steps: a stream has no end that an epoch could be counted by")
-    if run.max_nan_steps < 0:
-        raise UserError(f"--max_nan_steps {run.max_nan_steps}: must be 0 or more")
-    if data.shuffle_buffer < 1:
-        raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: at least one row must be held (>= 1)")
-    if data.mixture and data.data == ["embedded"]:
-        raise UserError("--mixture is for files and hub data sets; the embedded corpus has --corpus_retrieval_share")
-    if not 0 < data.heldout_share < 1:
-        raise UserError(f"--heldout_share {data.heldout_share}: must lie between 0 and 1")
-    characters = data.corpus_retrieval_characters
-    if len(characters) != 2 or not 0 < characters[0] <= characters[1]:
-        raise UserError(f"--corpus_retrieval_characters {characters}: give the shortest and the longest document")
 
 
 def _check_adapter(model: ModelArguments, adapter: AdapterArguments) -> None:
     if adapter.lora_rank is None:
         if adapter != AdapterArguments():
-            raise UserError("--lora_rank is missing, which --load_in_4bit and the other --lora_ flags are about")
+            raise UserError("--lora_rank is missing: --load_in_4bit and the other --lora_ flags need it")
         return
     if adapter.lora_rank < 1:
         raise UserError(f"--lora_rank {adapter.lora_rank}: must be at least 1")

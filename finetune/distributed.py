@@ -1,9 +1,12 @@
-"""What running on several devices needs beyond accelerate and the Trainer: a check, and whole weights while loading."""
+"""What running on several devices needs beyond accelerate and the Trainer: checks, precision, whole weights."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -19,6 +22,29 @@ def fsdp_settings(run: RunArguments) -> FullyShardedDataParallelPlugin | None:
     return FullyShardedDataParallelPlugin(**(flags or {}))
 
 
+def saves_in_shards(accelerator: Accelerator) -> bool:
+    """Whether each process saves its own part of the weights (FSDP's `SHARDED_STATE_DICT`)."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+
+
+def compute_losses_in_fp32(accelerator: Accelerator) -> None:
+    """Has FSDP leave the dtype of what the model returns alone, and sum gradients in fp32, as DDP does.
+
+    accelerate would have it round all three of its dtypes to 16 bits: weights at work, gradients while they are summed
+    and accumulated, and the loss itself.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def recomputes_activations(run: RunArguments) -> bool:
+    """Whether the Trainer's own checkpointing of activations is asked for, under its newer or its older name."""
+    return bool(run.gradient_checkpointing or getattr(run, "activation_checkpointing", None))
+
+
 def is_zero3(run: RunArguments) -> bool:
     return run.deepspeed_plugin is not None and run.deepspeed_plugin.zero_stage == 3
 
@@ -30,10 +56,12 @@ def check_distribution(run: RunArguments, segments: int = 1) -> None:
     if segments > 1 and run.n_gpu > 1:
         raise UserError(f"--segments {segments}: needs a process for each GPU; start it with accelerate launch")
     fsdp = fsdp_settings(run)
-    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise UserError(f"fsdp_version {fsdp.fsdp_version}: set fsdp_version: 2 in the accelerate configuration")
+    if fsdp is not None and fsdp.activation_checkpointing and recomputes_activations(run):
         raise UserError(
-            f"fsdp_state_dict_type {str(fsdp.state_dict_type).rpartition('.')[2]}: the Trainer saves a model for "
-            "FULL_STATE_DICT alone; set that in the accelerate configuration"
+            "--gradient_checkpointing and fsdp_activation_checkpointing: FSDP would gather each layer once more; leave "
+            "the first one out"
         )
     if run.deepspeed_plugin is not None and run.max_nan_steps:
         raise UserError(f"--max_nan_steps {run.max_nan_steps}: DeepSpeed can leave no step out; give 0")

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from finetune.arguments import RunArguments
-from finetune.distributed import fsdp_settings, is_zero3
+from finetune.distributed import fsdp_settings, is_zero3, recomputes_activations
+from finetune.optimisers import optimiser_bytes
 from finetune.throughput import head_dim, parameter_count
 
 GB = 1e9
@@ -63,7 +64,7 @@ class Plan:
         compute_bytes: of a value in the matrix products: 2 for bf16, 4 for fp32.
         residual_bytes: of a value between layers: that of the embeddings' weights.
         checkpointing: recompute each layer's activations instead of keeping them.
-        whole_gradients: FSDP accumulates gradients over several batches before it spreads them.
+        whole_gradients: FSDP accumulates gradients, in fp32, over several batches before it spreads them.
     """
 
     devices: int = 1
@@ -139,15 +140,18 @@ def activations(config: PretrainedConfig, batch: Batch, plan: Plan) -> int:
     return kept + max(layer, logits)  # with checkpointing the logits are gone when the first layer is recomputed
 
 
-def estimate(config: PretrainedConfig, weights: Weights, batch: Batch, plan: Plan) -> Estimate:
-    """Bytes on each device while training with AdamW, fp32 moments.
+def estimate(
+    config: PretrainedConfig, weights: Weights, batch: Batch, plan: Plan, optimiser: int | None = None
+) -> Estimate:
+    """Bytes on each device while training. `optimiser`: bytes of all its state; None: AdamW's two moments in fp32.
 
     One device and DDP hold everything; DDP's buckets are a second copy of the gradients. FSDP spreads weights,
     gradients and moments evenly and gathers two layers at a time (one at work, one on its way) and the embeddings in
     `compute_bytes`, with one layer's whole gradient. ZeRO-3 does the same with 2 bytes of weights and of gradients
     beside fp32 weights (16 bytes a trained weight, as in its paper).
     """
-    trained, frozen, optimiser = weights.trained_bytes, weights.frozen_bytes, ADAM_BYTES * weights.trained
+    trained, frozen = weights.trained_bytes, weights.frozen_bytes
+    optimiser = ADAM_BYTES * weights.trained if optimiser is None else optimiser
     gradients, gathered = weights.trained_bytes, 0
     if plan.sharding == "none":
         gradients *= 2 if plan.devices > 1 else 1
@@ -159,7 +163,7 @@ def estimate(config: PretrainedConfig, weights: Weights, batch: Batch, plan: Pla
         gathered = compute * (2 * weights.largest_layer + weights.embeddings)
         if weights.trained_bytes > weights.frozen_bytes:
             gathered += compute * weights.largest_layer
-        gradients = compute * weights.trained if plan.whole_gradients else -(-gradients // plan.devices)
+        gradients = 4 * weights.trained if plan.whole_gradients else -(-gradients // plan.devices)
     return Estimate(trained + frozen, gradients, optimiser, activations(config, batch, plan), gathered)
 
 
@@ -174,13 +178,15 @@ def memory_lines(model: nn.Module, run: RunArguments, positions: int, tokens: in
     compute_bytes = 2 if run.bf16 or run.fp16 else held.itemsize
     plan = plan_of(run, compute_bytes, held.itemsize)
     batch = Batch(run.per_device_train_batch_size, positions, tokens)
-    size, capacity = estimate(model.config, Weights.of(model), batch, plan), device_memory(run)
+    # DeepSpeed has moments of its own in fp32
+    optimiser = None if plan.sharding == "zero3" else optimiser_bytes(model, run.optim, run.optim_args)
+    size, capacity = estimate(model.config, Weights.of(model), batch, plan, optimiser), device_memory(run)
     return [line for line in (size.describe(capacity), warning(size, capacity, plan)) if line]
 
 
 def plan_of(run: RunArguments, compute_bytes: int, held_bytes: int) -> Plan:
     """What `accelerate launch` and the run's own flags ask for; `held_bytes` of an embedding's weight."""
-    sharding, checkpointing, whole = "zero3" if is_zero3(run) else "none", bool(run.gradient_checkpointing), False
+    sharding, checkpointing, whole = "zero3" if is_zero3(run) else "none", recomputes_activations(run), False
     fsdp = fsdp_settings(run)
     if fsdp is not None:
         sharding, checkpointing = "fsdp", checkpointing or fsdp.activation_checkpointing

@@ -45,7 +45,7 @@ def load_tokenizer(
         with embedded[0].open(encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line, _ in zip(file, range(TOKENIZER_DOCUMENTS), strict=False)]
         positions = _read_config(model_args).max_position_embeddings
-        return to_fast_tokenizer(train_sentencepiece(texts, data_args.vocabulary_size), positions)
+        return to_fast_tokenizer(train_sentencepiece(texts, data_args.demo.vocabulary_size), positions)
     name = model_args.tokenizer_name or model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -72,9 +72,10 @@ def load_model(
     """
     dtype = getattr(torch, model_args.dtype)
     config = _read_config(model_args)
-    if model_args.model_name_or_path and len(tokenizer) > config.vocab_size:
+    known = config.vocab_size - getattr(config, "num_padded_tokens", 0)
+    if model_args.model_name_or_path and len(tokenizer) > known:
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} "
+            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, more than the {known} "
             f"of {model_args.model_name_or_path}: give the checkpoint's own tokenizer"
         )
     settings = {name: getattr(model_args, name) for name in LANDMARK_SETTINGS}
@@ -86,13 +87,41 @@ def load_model(
     if load_in_4bit:
         weights["quantization_config"] = four_bit(dtype)
     if isinstance(config, LandmarkLlamaConfig):
-        return _load_landmark(model_args, config, settings, weights)
+        model = _load_landmark(model_args, config, settings, weights)
+    else:
+        model = _load_llama(model_args, config, tokenizer, settings, weights)
+    if model_args.pad_vocabulary_to_multiple_of:
+        pad_vocabulary(model, model_args.pad_vocabulary_to_multiple_of)
+    return model
+
+
+@torch.no_grad()
+def pad_vocabulary(model: LandmarkLlamaForCausalLM, multiple: int) -> None:
+    """Rows of zeros behind both embeddings, up to a multiple of so many, which matrix products like."""
+    config = model.config
+    tokens = config.vocab_size - config.num_padded_tokens
+    rows = -(-tokens // multiple) * multiple
+    if rows != config.vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    config.num_padded_tokens = rows - tokens
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embedding.weight[tokens:] = 0
+
+
+def _load_llama(
+    model_args: ModelArguments,
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict,
+    weights: dict,
+) -> PreTrainedModel:
+    """A LLaMA, from a checkpoint or with random weights, and a landmark LLaMA made of it unless it stays dense."""
     name = model_args.model_name_or_path
     if model_args.config_name:
         config.vocab_size = len(tokenizer)
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, token, getattr(tokenizer, token))
-        model, weights = LlamaForCausalLM(config).to(dtype), {}
+        model, weights = LlamaForCausalLM(config).to(weights["dtype"]), {}
     elif model_args.attention == "dense":
         model = _load(LlamaForCausalLM, name, config=config, **weights)
     if model_args.attention == "dense":

@@ -5,6 +5,8 @@ import time
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+PASS_KEY = "eval_passkey_"
+
 
 class ProgressLines(TrainerCallback):
     """One line each time something is logged: the step, the loss, the time left and the speed."""
@@ -27,6 +29,8 @@ class ProgressLines(TrainerCallback):
                 line += f"  {float(logs['mfu']):.1%} of the peak"
         elif "eval_loss" in logs:
             line = f"held-out loss {float(logs['eval_loss']):.4f}"
+        elif found := [(name, share) for name, share in logs.items() if name.startswith(PASS_KEY)]:
+            line = "pass keys  " + "  ".join(f"{name.removeprefix(PASS_KEY)}: {share:.0%}" for name, share in found)
         else:
             return
         print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr, flush=True)

@@ -11,16 +11,20 @@ Flags override the file. The output folder gets the model, its configuration, th
 `accelerate launch --quiet` leaves out accelerate's own traceback after an error.
 """
 
+import logging
 import math
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+# bitsandbytes, which the Trainer imports where it is installed, would warn of a package that is no use here
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainerState, default_data_collator, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, default_data_collator, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
@@ -33,7 +37,6 @@ from finetune.arguments import (
     UserError,
     parse_arguments,
 )
-from finetune.checkpoints.disk import is_disk_full, write_json
 from finetune.checkpoints.output import (
     METRICS,
     CompleteCheckpoints,
@@ -41,13 +44,19 @@ from finetune.checkpoints.output import (
     prepare_output,
     record_run,
     save_finished_model,
+    write_run_card,
 )
 from finetune.checkpoints.resume import run_contents, run_settings, weights_fingerprint
-from finetune.data.prepare import Rows, embedded_files, make_rows
+from finetune.data.prepare import Rows, make_rows
+from finetune.demo.corpus import embedded_files
+from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
+from finetune.passkeys import PassKeys
+from finetune.processes import main_process_first, refuse_data_parallel
 from finetune.progress import ProgressLines
+from finetune.refused import refuse_arguments
 from finetune.segments import EVALUATED_WITH, Segments
 from finetune.throughput import Throughput, device_peak
 from finetune.trainer import LandmarkSegmentTrainer, LandmarkTrainer
@@ -76,71 +85,100 @@ def finetune(
         UserError: the model, the data or the output folder cannot be used as asked.
     """
     _set_up_process(run_args)
+    refuse_arguments(run_args)
+    refuse_data_parallel(run_args)
     check_distribution(run_args, data_args.segments)
-    with run_args.main_process_first(desc="preparing the data"):
-        settings = run_settings(model_args, data_args, run_args, adapter_args)
-        sources = [name for name in (model_args.model_name_or_path, model_args.tokenizer_name) if name]
-        resume_from = prepare_output(settings, run_args, sources)
-        embedded = embedded_files(data_args, run_args) if data_args.data == ["embedded"] else None
-        tokenizer = load_tokenizer(model_args, data_args, embedded)
-        with whole_weights(run_args):
-            model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
-        # Process 0 alone compares, and with FSDP holds the weights alone.
-        weights = weights_fingerprint(model) if run_args.process_index == 0 else ""
-        if adapter_args.lora_rank:
-            model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
-        block_size, landmark_token_id = model_args.block_size_of(model.config)
-        segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
-        rows = make_rows(data_args, tokenizer, block_size, landmark_token_id, embedded, run_args.seed, segments)
-        record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
+    with main_process_first(run_args):
+        start = _prepare(model_args, data_args, run_args, adapter_args)
     if run_args.process_index == 0:
-        trained = model.num_parameters(only_trainable=True)
-        print(f"{rows.describe()}; {model.num_parameters():,} parameters, {trained:,} of them trained")
-        positions, tokens = data_args.context_length, rows.row_tokens
-        if segments is not None:
-            positions, tokens = segments.positions, segments.tokens
-            print(segments.describe())
-            if model.config.retrieval_granularity != EVALUATED_WITH:
-                print(f"evaluated with retrieval_granularity {EVALUATED_WITH}: other choices may look ahead")
-        elif landmark_token_id is None:
-            positions = tokens
-        print(*memory_lines(model, run_args, positions, tokens), sep="\n", flush=True)
-        if resume_from:
-            print(f"going on from {resume_from}")
-    throughput = Throughput(block_size, landmark_token_id, device_peak(run_args))
-    trainer = _make_trainer(model, tokenizer, rows, run_args, throughput, segments)
-    if not _had_finished_training(trainer, resume_from):
-        trainer.train(resume_from_checkpoint=resume_from)
+        print(*start.describe(run_args), sep="\n", flush=True)
+    trainer = _make_trainer(start, run_args)
+    if not _had_finished_training(trainer, start.resume_from):
+        trainer.train(resume_from_checkpoint=start.resume_from)
     evaluation = trainer.evaluate()
-    model.config.use_cache = True  # the Trainer turns it off, and whoever loads the model wants to generate with it
+    start.model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants to generate
     save_finished_model(trainer, Path(run_args.output_dir))
-    metrics = _metrics(trainer, evaluation["eval_loss"], rows, model)
+    metrics = _metrics(trainer, evaluation["eval_loss"], start.rows, start.model)
     if trainer.is_world_process_zero():
-        write_json(Path(run_args.output_dir) / METRICS, metrics)
+        output_dir = Path(run_args.output_dir)
+        write_run_card(output_dir, start.model, model_args.model_name_or_path, data_args.data, metrics)
+        write_json(output_dir / METRICS, metrics)
         print(f"held-out perplexity {metrics['perplexity']:.4f}; the model is in {run_args.output_dir}")
     return metrics
 
 
-def _make_trainer(
-    model: PreTrainedModel,
-    tokenizer,
-    rows: Rows,
-    run_args: RunArguments,
-    throughput: Throughput,
-    segments: Segments | None,
-) -> LandmarkTrainer:
+@dataclass
+class Start:
+    """What a run starts with. `landmark_token_id` is None for a dense model, `resume_from` for a new run."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    segments: Segments | None
+    block_size: int
+    landmark_token_id: int | None
+    resume_from: str | None
+
+    def describe(self, run_args: RunArguments) -> list[str]:
+        """Lines: the rows, the model, the memory that it will take."""
+        trained = self.model.num_parameters(only_trainable=True)
+        lines = [f"{self.rows.describe()}; {self.model.num_parameters():,} parameters, {trained:,} of them trained"]
+        positions, tokens = self.rows.packing.context_length, self.rows.row_tokens
+        if self.segments is not None:
+            positions, tokens = self.segments.positions, self.segments.tokens
+            lines.append(self.segments.describe())
+            if self.model.config.retrieval_granularity != EVALUATED_WITH:
+                lines.append(f"evaluated with retrieval_granularity {EVALUATED_WITH}: other choices may look ahead")
+        elif self.landmark_token_id is None:
+            positions = tokens
+        lines += memory_lines(self.model, run_args, positions, tokens)
+        return [*lines, f"going on from {self.resume_from}"] if self.resume_from else lines
+
+
+def _prepare(
+    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, adapter_args: AdapterArguments
+) -> Start:
+    """Claims the output folder, loads model and tokenizer, reads and tokenises the data."""
+    settings = run_settings(model_args, data_args, run_args, adapter_args)
+    sources = [name for name in (model_args.model_name_or_path, model_args.tokenizer_name) if name]
+    resume_from = prepare_output(settings, run_args, sources)
+    is_main = run_args.process_index == 0
+    embedded = None
+    if data_args.data == ["embedded"]:
+        embedded = embedded_files(data_args.demo, run_args.output_dir, is_main)
+    tokenizer = load_tokenizer(model_args, data_args, embedded)
+    with whole_weights(run_args):
+        model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
+    # Process 0 alone compares them, and with FSDP it alone holds them.
+    weights = weights_fingerprint(model) if is_main else ""
+    if adapter_args.lora_rank:
+        model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
+    block_size, landmark_token_id = model_args.block_size_of(model.config)
+    segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
+    rows = make_rows(data_args, tokenizer, block_size, embedded, run_args.seed, segments)
+    record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
+    return Start(model, tokenizer, rows, segments, block_size, landmark_token_id, resume_from)
+
+
+def _make_trainer(start: Start, run_args: RunArguments) -> LandmarkTrainer:
+    throughput = Throughput(start.block_size, start.landmark_token_id, device_peak(run_args))
+    segments = start.segments
     keep, run_args.save_total_limit = run_args.save_total_limit, None
     trainer_class = LandmarkTrainer if segments is None else partial(LandmarkSegmentTrainer, segments=segments)
     trainer = trainer_class(
-        model=model,
+        model=start.model,
         args=run_args,
-        train_dataset=rows.train,
-        eval_dataset=rows.heldout,
+        train_dataset=start.rows.train,
+        eval_dataset=start.rows.heldout,
         data_collator=default_data_collator,
-        processing_class=tokenizer,
+        processing_class=start.tokenizer,
         callbacks=[CompleteCheckpoints(keep)],
     )
-    trainer.callback_handler.callbacks.insert(0, throughput)  # what it adds to the log, trackers and lines are to have
+    trainer.callback_handler.callbacks.insert(0, throughput)  # first, so that trackers and lines see what it adds
+    if run_args.eval_passkey_steps:
+        context = start.rows.packing.context_length
+        lengths = run_args.eval_passkey_lengths or [context, 4 * context]
+        trainer.add_callback(PassKeys(trainer, start.tokenizer, run_args, lengths))
     if run_args.disable_tqdm:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(ProgressLines())
@@ -157,8 +195,7 @@ def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> 
     else:
         finished = state.global_step >= state.max_steps and state.num_train_epochs >= trainer.args.num_train_epochs
     if finished:
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step, trainer.state.log_history = state.global_step, state.log_history
+        trainer.take_over(Path(checkpoint), state)
     return finished
 
 

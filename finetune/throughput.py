@@ -1,7 +1,6 @@
 """How fast a run is: tokens a second and model FLOPs utilisation, added to what the Trainer logs.
 
-Counted is what the model was really given: ordinary tokens, without padding and landmarks. The formulas stand in
-`docs/distributed.md`.
+Only ordinary tokens count, no padding and no landmarks. `docs/distributed.md` has the formulas.
 """
 
 import time
@@ -15,8 +14,8 @@ from transformers import PretrainedConfig, TrainerCallback, TrainerControl, Trai
 
 from landmark_llama.tokenization import landmarked_position
 
-# Dense bf16 FLOP/s of one device by the manufacturer's data sheets, looked up by the first name that is part of the
-# device's own: the more special name stands first.
+# Dense bf16 FLOP/s of one device, from the data sheets. The first name that the device's own name contains wins, so
+# longer names come first.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "B100": 1750e12,
     "H200 NVL": 835e12, "H200": 989e12,
@@ -55,7 +54,7 @@ def count(
     """The three fields of `Counts` of one batch, shape (3,), on its device and without waiting for it.
 
     Args:
-        input_ids: (batch, columns): rows with their landmarks, or plain ones.
+        input_ids: (batch, columns), plain; landmarks in their regular places are counted as the model's own.
         attention_mask: (batch, columns), 0 for padding, or None.
         position_ids: (batch, columns), from 0 for each document of a plain row; None: rows are one document each.
         block_size, landmark_token_id: None for a dense model.
@@ -165,6 +164,7 @@ class Throughput(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any
     ) -> None:
         if "loss" not in logs:
+            self.mark = time.monotonic()  # evaluation was timed from the step before
             return
         self._take_time()  # the loss has been fetched from the device: all steps are done
         mine = [counts.to(args.device) for counts in self.counts]

@@ -1,6 +1,7 @@
-"""The Trainer, with a guard: a step whose loss or gradient is not finite changes nothing and is reported.
+"""The Trainer, with two guards: over steps that are not finite, and over what is saved.
 
-The Trainer itself would write NaN into every weight, and from there into the next checkpoint.
+A step whose loss or gradient is not finite changes nothing and is reported: the Trainer itself would write NaN into
+every weight, and from there into the next checkpoint. Whatever is saved is looked through for every trained weight.
 """
 
 import json
@@ -12,10 +13,13 @@ import torch
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetune.arguments import UserError
+from finetune.checkpoints.resume import COMPLETE
+from finetune.checkpoints.saved import find_loss, trained_weights
+from finetune.distributed import compute_losses_in_fp32, saves_in_shards
 from finetune.segments import SegmentTrainer
 
 NAMED_ROWS = 32  # of a step that is left out; each by so many characters of its beginning:
@@ -33,6 +37,7 @@ class LandmarkTrainer(Trainer):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self._trained = trained_weights(self.model)
         self._batches: list[tuple[Tensor, Tensor]] = []  # of this step: ids (rows, columns), and their loss
         self._steps = self._left_out = 0  # since the last logged loss
 
@@ -124,11 +129,55 @@ class LandmarkTrainer(Trainer):
                 logs[SKIPPED] = self.skipped_steps
         super().log(logs, *args, **settings)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        compute_losses_in_fp32(self.accelerator)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Without the Trainer's copy of the arguments: a pickle that nothing reads. `run.json` says the same."""
+        """Without the Trainer's copy of the arguments: a pickle that nothing reads. `run.json` says the same.
+
+        A checkpoint that FSDP saves in shards (`_internal_call`) holds no model; the finished one is put together.
+
+        Raises:
+            RuntimeError: in all processes, if a trained weight is not in the saved file.
+        """
+        folder = Path(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
+        if saves_in_shards(self.accelerator):
+            if _internal_call:
+                return
+            self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
+        problem = None
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            problem = find_loss(folder, self._trained)
+        problems = [problem for problem in gather_object([problem]) if problem]
+        if problems:
+            raise RuntimeError(problems[0])
+
+    def take_over(self, checkpoint: Path, state: TrainerState) -> None:
+        """Makes of `checkpoint`, the one after the last step, what training would have left: the Trainer would add one.
+
+        Args:
+            state: of the checkpoint.
+        """
+        self.state.global_step, self.state.log_history = state.global_step, state.log_history
+        if self.is_fsdp_enabled:  # takes a model and its optimiser, or neither
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self.state.best_model_checkpoint = str(checkpoint.with_name(Path(state.best_model_checkpoint).name))
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Raises `UserError` where the Trainer would keep the last one: the best is gone."""
+        best = Path(self.state.best_model_checkpoint)
+        if not (best / COMPLETE).is_file():
+            raise UserError(f"--load_best_model_at_end: {best}, the best checkpoint, is gone or not complete")
+        super()._load_best_model()
 
 
 class LandmarkSegmentTrainer(LandmarkTrainer, SegmentTrainer):

@@ -8,7 +8,7 @@ from landmark_llama import _versions  # noqa: F401  (first: it refuses versions 
 # isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from landmark_llama.adapters import load_adapter
+from landmark_llama.adapters import landmark_lora_config, load_adapter
 from landmark_llama.attention import landmark_attention
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.modeling import LandmarkLlamaForCausalLM, LandmarkLlamaModel
@@ -25,6 +25,7 @@ __all__ = [
     "add_landmark_token",
     "insert_landmarks",
     "landmark_attention",
+    "landmark_lora_config",
     "load_adapter",
     "strip_landmarks",
 ]

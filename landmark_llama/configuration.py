@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from os import PathLike
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import LlamaConfig
+
+from landmark_llama.hub import InstalledClass, auto_map, write_loader
 
 LocalAttention = Literal["sliding", "chunked"]
 RetrievalGranularity = Literal["token_and_head", "head", "token"]
@@ -35,7 +38,7 @@ class RetrievalSettings(NamedTuple):
         return self.num_direct_blocks + 1
 
 
-class LandmarkLlamaConfig(LlamaConfig):
+class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     """Configuration of a landmark LLaMA: LLaMA's fields and the following.
 
     landmark_token_id: id of the landmark token. None only until a tokenizer has one.
@@ -51,6 +54,8 @@ class LandmarkLlamaConfig(LlamaConfig):
     train_retrieved_blocks: if set, a training query sees its local blocks and only the so many best of its earlier
         blocks (`"sliding"` only). None: it sees them all. When training through a cache, it replaces
         `num_retrieved_blocks`.
+    num_padded_tokens: rows at the end of both embeddings that belong to no token: they round the vocabulary up to a
+        multiple of 64, say. They are never predicted.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
 
@@ -59,6 +64,9 @@ class LandmarkLlamaConfig(LlamaConfig):
     """
 
     model_type = "landmark_llama"
+    # Tools that cut prompts, as lm-eval does, look for a limit here before they take `max_position_embeddings` for one.
+    # There is none; a trillion is safe as a machine integer, and a batch as wide as that is refused at once.
+    n_positions: ClassVar[int] = 2**40
 
     landmark_token_id: int | None = None
     block_size: int = 64
@@ -69,6 +77,7 @@ class LandmarkLlamaConfig(LlamaConfig):
     retrieval_granularity: str = "token_and_head"
     train_retrieved_blocks: int | None = None
     predict_from_landmark: bool = False
+    num_padded_tokens: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.train_context_length is None:
@@ -76,6 +85,12 @@ class LandmarkLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         self._check_tokens()
         self.check()
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with what lets the Auto classes load the folder where the package was not imported."""
+        self.auto_map = auto_map(getattr(self, "auto_map", None))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_loader(save_directory)
 
     def retrieval(
         self,
@@ -131,15 +146,28 @@ class LandmarkLlamaConfig(LlamaConfig):
                 f"{self.local_attention!r}, which reads all blocks of a call that fits the window"
             )
 
+    def check_model(self) -> None:
+        """Raises ValueError if no model can be made of this configuration."""
+        if self.landmark_token_id is None:
+            raise ValueError(
+                "landmark_token_id=None: this checkpoint has no landmark token; "
+                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+            )
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout={self.attention_dropout}: landmark attention has no dropout, set 0")
+
     def _check_tokens(self) -> None:
         if self.block_size < 2:
             raise ValueError(
                 f"block_size={self.block_size}: a block needs at least one ordinary token and its landmark (>= 2)"
             )
-        if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < self.vocab_size:
+        if not 0 <= self.num_padded_tokens < self.vocab_size:
             raise ValueError(
-                f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {self.vocab_size} tokens"
+                f"num_padded_tokens={self.num_padded_tokens}: must be from 0 to less than vocab_size={self.vocab_size}"
             )
+        tokens = self.vocab_size - self.num_padded_tokens
+        if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < tokens:
+            raise ValueError(f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {tokens} tokens")
 
 
 def _one_of(name: str, value: str, literal: Any) -> Any:

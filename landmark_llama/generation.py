@@ -13,18 +13,36 @@ from landmark_llama.reading.cache import LandmarkCache
 class LandmarkGenerationMixin:
     """Goes in front of transformers' own generation, whose hooks it answers."""
 
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Refuses another cache before transformers looks at its name."""
+        for settings in (generation_config or self.generation_config).to_dict(), kwargs:
+            _refuse_other_cache(settings.get("cache_implementation"))
+        return super()._prepare_generation_config(generation_config, *args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise ValueError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: "
-                    "a landmark LLaMA generates with its own LandmarkCache; leave it unset"
-                )
             model_kwargs["past_key_values"] = LandmarkCache(self.config)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as `generate_batch` is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching: it needs a paged cache of keys and values, and a landmark LLaMA generates with its "
+            "own LandmarkCache; call generate with a batch of prompts padded on the left"
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: see `init_continuous_batching`."""
+        self.init_continuous_batching()
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """None: positions follow from the attention mask and the cache."""
@@ -70,3 +88,11 @@ class LandmarkGenerationMixin:
                 "blocks than generating them one by one; use 'sliding' and 'token_and_head'"
             )
         return super()._assisted_decoding(*args, **kwargs)
+
+
+def _refuse_other_cache(implementation: str | None) -> None:
+    if implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={implementation!r}: a landmark LLaMA generates with its own LandmarkCache; leave it "
+            "unset"
+        )

@@ -29,12 +29,13 @@ from landmark_llama.attention.view import View
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.generation import LandmarkGenerationMixin
+from landmark_llama.pretrained import LandmarkPreTrained, SavedWithCard
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.segments import Segment, check_segment
 from landmark_llama.reading.streaming import StreamingMixin
-from landmark_llama.rows.checks import check_inputs, check_streaming
-from landmark_llama.rows.documents import Documents
+from landmark_llama.rows.checks import check_inputs, check_streaming, warn_of_frozen_landmark
+from landmark_llama.rows.documents import Documents, packed_positions
 from landmark_llama.rows.layout import Rows, compact
 
 
@@ -81,25 +82,17 @@ class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
         return None
 
 
-class LandmarkLlamaModel(StreamingMixin, LlamaModel):
+class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
     """LLaMA's layers over landmarked rows, plain coordinates outside."""
 
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
-
     def __init__(self, config: LandmarkLlamaConfig) -> None:
-        if config.landmark_token_id is None:
-            raise ValueError(
-                "landmark_token_id=None: this checkpoint has no landmark token; "
-                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
-            )
-        if config.attention_dropout:
-            raise ValueError(f"attention_dropout={config.attention_dropout}: landmark attention has no dropout, set 0")
+        config.check_model()
         super().__init__(config)
         for layer_idx in range(config.num_hidden_layers):
             self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
+        self._landmark_row_checked = False
 
     def forward(
         self,
@@ -117,6 +110,14 @@ class LandmarkLlamaModel(StreamingMixin, LlamaModel):
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        # not needed; trl calls this model, not the one with the language head, with all that a collator made
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
         if output_attentions:
@@ -124,6 +125,11 @@ class LandmarkLlamaModel(StreamingMixin, LlamaModel):
         cache = LandmarkCache(self.config) if past_key_values is None and use_cache else past_key_values
         _check_cache(cache)
         content = check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
+        if cu_seq_lens_q is not None or seq_idx is not None:
+            position_ids = packed_positions(content.shape[:2], position_ids, cu_seq_lens_q, seq_idx)
+        if self.training and not self._landmark_row_checked:
+            self._landmark_row_checked = True
+            warn_of_frozen_landmark(self)
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         if not (self.training or output_hidden_states or self._records_steps(cache)):
             step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval)
@@ -225,11 +231,11 @@ class LandmarkLlamaModel(StreamingMixin, LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM):
+class LandmarkLlamaForCausalLM(
+    LandmarkPreTrained, SavedWithCard, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM
+):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
     accepts_loss_kwargs = True
 
     def __init__(self, config: LandmarkLlamaConfig) -> None:
@@ -255,6 +261,13 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
         num_local_blocks: int | None = None,
         local_attention: LocalAttention | None = None,
         retrieval_granularity: RetrievalGranularity | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
@@ -281,6 +294,11 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
             num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
                 configuration's, for this call.
+            cu_seq_lens_q: (documents + 1,), where the documents of a single row begin, and its length; instead of
+                `position_ids`.
+            seq_idx: (batch, length), the number of each column's document; instead of both.
+            cu_seq_lens_k, max_length_q, max_length_k, cache_position, token_type_ids: accepted, as other libraries pass
+                them to any model, and not needed.
 
         Raises:
             ValueError: naming the argument and the place in it.
@@ -299,14 +317,16 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             num_local_blocks=num_local_blocks,
             local_attention=local_attention,
             retrieval_granularity=retrieval_granularity,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
         )
         states, loss = outputs.last_hidden_state, None
         if labels is None:
-            logits = self.lm_head(states)
+            logits = self._logits(states)
         else:
             targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             everything = isinstance(logits_to_keep, int) and not logits_to_keep
-            logits = self.lm_head(states if everything else _keep(states, logits_to_keep))
+            logits = self._logits(states if everything else _keep(states, logits_to_keep))
             loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -314,6 +334,13 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The output embedding of `states`; padding of the vocabulary is never predicted."""
+        logits = self.lm_head(states)
+        if self.config.num_padded_tokens:
+            logits[..., -self.config.num_padded_tokens :] = torch.finfo(logits.dtype).min
+        return logits
 
     def _targets(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What the result's columns predict, (batch, columns); -100 for landmarks and for what follows on padding."""
@@ -346,7 +373,7 @@ class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkGenerationMixin, LlamaFor
             parts = [(logits, targets)]  # whole: a part's gradient would be copied, and rows in training are short
         else:
             length = self.config.train_context_length
-            pieces = map(self.lm_head, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
+            pieces = map(self._logits, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
             parts = zip(pieces, targets.split(length, dim=1), strict=True)
         for part, target in parts:
             scores = part.float().flatten(0, 1)

@@ -23,13 +23,18 @@ Ids = TypeVar("Ids", list[int], torch.Tensor)
 def add_landmark_token(tokenizer: PreTrainedTokenizerBase, token: str = LANDMARK_TOKEN) -> int:
     """Makes `token` a special token of `tokenizer`, in place, and returns its id. A second call changes nothing.
 
+    Sets `model_max_length` to the value that stands for no limit: a landmark model reads texts of any length.
+
     Raises:
         ValueError: the tokenizer could not add it.
     """
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
     tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
     landmark_token_id = tokenizer.convert_tokens_to_ids(token)
     if landmark_token_id is None or landmark_token_id == tokenizer.unk_token_id:
         raise ValueError(f"token={token!r}: {type(tokenizer).__name__} could not add it as a special token")
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
     return landmark_token_id
 
 

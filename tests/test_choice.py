@@ -94,7 +94,7 @@ def test_selection_equals_brute_force(n: list[int], k: int, granularity: str) ->
 def test_large_scores_are_compared_by_their_logarithms(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case([0, 11, 40])
     small = choose(*case, 3, granularity)
-    monkeypatch.setattr(retrieval, "LARGEST_SHARED_SCORE", 0.0)
+    monkeypatch.setattr(retrieval, "LARGEST_SOFTMAX_SCORE", 0.0)
     assert torch.equal(choose(*case, 3, granularity).block, small.block)
     monkeypatch.undo()
     query, landmarks, candidates, position = case

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from eval_passkey.task import PARTS, is_benchmark_key, load_template
+from eval_passkey.names import is_benchmark_key, pool
+from eval_passkey.passkey import PARTS, TEMPLATES, load_template
 from finetune.demo.corpus import make_corpus, prose_documents, write_corpus
 from finetune.demo.retrieval_documents import RetrievalWriter, holds_reserved_number, is_reserved_number
 from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 
 DOCUMENTS = 3000
-TEMPLATES = sorted((Path(__file__).resolve().parents[1] / "eval_passkey").glob("template*.json"))
+OWN_TEMPLATES = [TEMPLATES["once"], TEMPLATES["twice"]]
 FIVE_DIGITS = re.compile(r"(?=([0-9]{5}))")
 
 
@@ -38,22 +39,44 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
+@pytest.fixture(scope="session")
+def known_runs(text: str) -> set[tuple[str, ...]]:
+    """Four words in a row, anywhere in the training text."""
+    return runs_of_four_words(text)
+
+
 def runs_of_four_words(text: str) -> set[tuple[str, ...]]:
     words = words_of(text)
     return set(zip(words, words[1:], words[2:], words[3:], strict=False))
 
 
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TEMPLATES.values(), ids=lambda path: path.stem)
 @pytest.mark.parametrize("part", [part for part in PARTS if part != "filler suffix"])
 def test_no_four_words_in_a_row_of_the_passkey_prompt_occur_in_the_training_text(
-    part: str, path: Path, text: str
+    part: str, path: Path, known_runs: set[tuple[str, ...]]
 ) -> None:
     wording = load_template(path).text(part, key=12345)
     # "is written down under" and the like would be a coincidence; there is none.
-    assert runs_of_four_words(wording) and not runs_of_four_words(wording) & runs_of_four_words(text)
+    assert runs_of_four_words(wording) and not runs_of_four_words(wording) & known_runs
 
 
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", ["needles", "tracking", "key_value", "line_retrieval"])
+def test_no_four_words_in_a_row_of_the_other_tasks_occur_in_the_training_text(
+    kind: str, known_runs: set[tuple[str, ...]]
+) -> None:
+    texts = re.findall(r'"([^"]+)"', re.sub(r"\\.|{\w+}", " qqq ", json.dumps(pool(kind))))
+    assert len(texts) > 12
+    for wording in texts:
+        assert not runs_of_four_words(wording) & known_runs, wording
+
+
+def test_no_name_of_the_other_tasks_occurs_in_the_training_text(text: str) -> None:
+    words = words_of(text)
+    adjectives, nouns = set(pool("adjectives")), set(pool("nouns"))
+    assert not [pair for pair in zip(words, words[1:], strict=False) if pair[0] in adjectives and pair[1] in nouns]
+
+
+@pytest.mark.parametrize("path", OWN_TEMPLATES, ids=lambda path: path.stem)
 def test_the_name_in_the_passkey_prompt_occurs_nowhere_in_the_training_text(path: Path, text: str) -> None:
     template = load_template(path)
     name = re.search(r"^the (\w+ \w+) number is", template.needle.lower())[1]

@@ -295,3 +295,41 @@ def test_documents_share_a_call_of_attention_where_padding_costs_less(monkeypatc
     assert calls(*[20, 30, 17, 1] * 20) == 1
     assert calls(4000, 3900) == 2
     assert calls(4000, 10, 4000, 20, 30) == 2
+
+
+def test_documents_may_be_told_by_their_ends_or_their_numbers() -> None:
+    batch = pack(texts())
+    model = tiny_model()
+    by_positions = model(batch["input_ids"][:1], position_ids=batch["position_ids"][:1]).logits
+    ends = torch.tensor([0, *LENGTHS[0]]).cumsum(0).int()
+    assert torch.equal(model(batch["input_ids"][:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, by_positions)
+    # a document of no column begins where the next one does
+    assert torch.equal(
+        model(batch["input_ids"][:1], cu_seq_lens_q=ends.repeat_interleave(2)[1:-1]).logits, by_positions
+    )
+    number = torch.repeat_interleave(torch.arange(len(LENGTHS[0])), torch.tensor(LENGTHS[0])).unsqueeze(0)
+    assert torch.equal(model.model(batch["input_ids"][:1], seq_idx=number).last_hidden_state, model.model(
+        batch["input_ids"][:1], position_ids=batch["position_ids"][:1]
+    ).last_hidden_state)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 3, 8])}, "cu_seq_lens_q"),
+        ({"seq_idx": torch.zeros(1, 7)}, "seq_idx"),
+    ],
+)
+def test_ends_and_numbers_that_do_not_fit_the_row_are_refused(given: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        tiny_model()(random_ids(1, 8), **given)
+
+
+def test_what_other_libraries_pass_to_any_model_changes_nothing() -> None:
+    model, ids = tiny_model(), random_ids(1, 40)
+    expected = model(ids).logits
+    extras = {"token_type_ids": torch.zeros_like(ids), "cache_position": torch.arange(40)}
+    assert torch.equal(model(ids, max_length_q=40, max_length_k=40, **extras).logits, expected)
+    tokens = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, **extras), tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_finetune_run import ROOT, Interruption, base, data, flags, interrupt_at_save  # noqa: F401
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eval_passkey.models import find_subject
@@ -60,6 +61,17 @@ def test_a_checkpoint_holds_what_was_trained_and_its_optimiser_no_more(finished:
         assert sum(moment["exp_avg"].numel() for moment in moments) == trained
         assert not list(checkpoint.glob("model*"))
         load_adapter(checkpoint)  # as complete as the finished folder
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_an_adapter_is_saved_whole_where_layers_are_wrapped(gathered: bool, finished: Path, tmp_path: Path) -> None:
+    model = load_adapter(finished)
+    layers = model.get_base_model().model.layers
+    layers[0] = offload_wrapper(checkpoint_wrapper(layers[0]))
+    layers[1] = torch.compile(layers[1], backend="eager")
+    # FSDP gathers weights by the names that they had before
+    model.save_pretrained(tmp_path, state_dict=load_adapter(finished).state_dict() if gathered else None)
+    assert same_weights(tmp_path, finished)
 
 
 @pytest.mark.parametrize("save", [2, 3])

@@ -33,6 +33,21 @@ def test_the_file_is_read_and_flags_override_it(config: Path) -> None:
     assert parse_arguments(["--config", str(config)])[1].data == ["a.jsonl", "b.jsonl"]
 
 
+def test_the_demos_flags_are_read_though_help_does_not_list_them(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + "corpus_seed: 3\ncorpus_retrieval_characters: [50, 90]\n")
+    data = parse_arguments(["--config", str(config), "--data", "embedded", "--corpus_documents", "7"])[1]
+    assert (data.demo.corpus_seed, data.demo.corpus_documents) == (3, 7)
+    assert data.demo.corpus_retrieval_characters == [50, 90]
+    with pytest.raises(UserError, match="unknown flag --corpus_sed; did you mean corpus_seed?"):
+        parse_arguments(["--config", str(config), "--corpus_sed", "1"])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    listed = capsys.readouterr().out
+    assert "--context_length" in listed and "--corpus" not in listed and "--vocabulary_size" not in listed
+
+
 def test_the_default_schedule_is_a_cosine_with_a_floor(config: Path) -> None:
     config.write_text("model_name_or_path: m\ndata: [a.jsonl]\noutput_dir: out\n")
     run = parse_arguments(["--config", str(config)])[2]
@@ -73,6 +88,10 @@ def test_a_key_or_value_that_cannot_be_is_named(text: str, message: str, config:
         (["--segments", "0"], "--segments 0: a row has at least one"),
         (["--segments", "2", "--attention", "dense"], "--segments 2 needs --attention landmark"),
         (["--segments", "2", "--pack_documents", "apart"], "--segments 2 needs --pack_documents join"),
+        (["--pad_vocabulary_to_multiple_of", "0"], "--pad_vocabulary_to_multiple_of 0: must be 1 or more"),
+        (["--pad_vocabulary_to_multiple_of", "64", "--attention", "dense"], "of 64 needs --attention landmark"),
+        (["--pad_vocabulary_to_multiple_of", "64", "--lora_rank", "8"], "an adapter is loaded onto its base"),
+        (["--eval_passkey_steps", "-1"], "--eval_passkey_steps -1: must be 0"),
         (["--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
         (["--load_in_4bit", "true"], "--lora_rank is missing"),
         (["--lora_alpha", "8"], "--lora_rank is missing"),
@@ -99,3 +118,25 @@ def test_missing_files_and_fields_are_named(tmp_path: Path) -> None:
 def test_every_configuration_of_the_project_is_valid(path: Path) -> None:
     model, data, run, _ = parse_arguments(["--config", str(path), "--data", "embedded", "--bf16", "false"])
     assert run.output_dir and data.context_length >= 2 * (model.block_size or 64)
+
+
+LANDMARK_CONFIGS = [path for path in CONFIGS if not path.name.startswith("tiny_base")]
+
+
+@pytest.mark.parametrize("path", LANDMARK_CONFIGS, ids=lambda path: path.name)
+def test_a_recipes_rows_hold_the_distance_at_which_older_blocks_are_scored(path: Path) -> None:
+    model, data, _, _ = parse_arguments(["--config", str(path), "--bf16", "false"])
+    blocks = data.context_length // model.block_size
+    scored = model.num_retrieved_blocks + 1 + model.num_local_blocks
+    assert scored <= 2 / 3 * blocks  # docs/positions.md: nearly the whole row is too far
+
+
+LLAMA_CONFIGS = [path for path in CONFIGS if path.name.startswith("llama")]
+
+
+@pytest.mark.parametrize("path", LLAMA_CONFIGS, ids=lambda path: path.name)
+def test_a_step_of_a_llama_recipe_sees_the_papers_tokens(path: Path) -> None:
+    _, data, run, adapter = parse_arguments(["--config", str(path), "--bf16", "false"])
+    devices = 1 if adapter.lora_rank else 8
+    rows = devices * run.per_device_train_batch_size * run.gradient_accumulation_steps
+    assert rows * data.context_length == 128 * 512

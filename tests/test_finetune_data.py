@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
+from documents import byte_tokenizer, whole_documents, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 import finetune.data.tokens
 from finetune.arguments import DataArguments, UserError
 from finetune.data.prepare import Rows, make_rows
 from finetune.data.tokens import tokenise
-from landmark_llama.tokenization import strip_landmarks
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +21,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def rows_of(*sources: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, block_size: int = 8, **settings) -> Rows:
     settings = {"context_length": 64, "heldout_share": 0.2, "preprocessing_workers": 1, **settings}
     data = DataArguments(data=[str(source) for source in sources], **settings)
-    return make_rows(data, tokenizer, block_size, LANDMARK, None, seed)
+    return make_rows(data, tokenizer, block_size, None, seed)
 
 
 def letters(rows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -35,7 +34,7 @@ def test_documents_are_joined_with_end_of_sequence_and_split_by_document(tmp_pat
     rows = rows_of(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer=tokenizer, seed=3)
     parts = []
     for split in (rows.train, rows.heldout):
-        tokens = torch.cat([strip_landmarks(row["input_ids"], 8, LANDMARK) for row in split]).tolist()
+        tokens = torch.cat([row["input_ids"] for row in split]).tolist()
         parts.append({tokenizer.decode(ids) for ids in whole_documents(tokens)})
     train, heldout = parts
     assert train and heldout and not train & heldout
@@ -166,5 +165,5 @@ def test_real_redpajama_rows_become_rows_of_every_kind(landmark_data: Path, toke
     joined = rows_of(landmark_data / "redpajama", **common, mixture=mixture)
     apart = rows_of(landmark_data / "redpajama", **common, mixture=mixture, pack_documents="apart")
     assert len(joined.train) > 1000 and len(apart.train) > 1000
-    for rows in (joined, apart):
-        assert all(column.shape == (512,) for column in rows.train[7].values())
+    for rows, columns in ((joined, 504), (apart, 512)):
+        assert all(column.shape == (columns,) for column in rows.train[7].values())

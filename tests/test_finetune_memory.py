@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import random_ids, tiny_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from finetune.memory import Batch, Estimate, Plan, Weights, estimate, layer_activations, warning
+from finetune.optimisers import optimiser_bytes
 
 LLAMA2_7B = LlamaConfig(vocab_size=32001, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
 LAYER = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096  # 202,383,360
@@ -37,7 +38,7 @@ def test_fsdp_spreads_all_but_what_it_gathers() -> None:
     assert size.weights == size.gradients == -(-4 * ALL // 8) and size.optimiser == ALL
     assert size.gathered == 2 * (3 * LAYER + EMBEDDINGS)  # two layers, the gradient of one, both embeddings, in bf16
     whole = estimate(LLAMA2_7B, FULL, ROWS, Plan(devices=8, sharding="fsdp", residual_bytes=2, whole_gradients=True))
-    assert whole.gradients == 2 * ALL and whole.weights == size.weights
+    assert whole.gradients == 4 * ALL and whole.weights == size.weights
 
 
 def test_zero3_spreads_sixteen_bytes_a_weight() -> None:
@@ -51,6 +52,36 @@ def test_an_adapter_leaves_the_base_in_sixteen_bits_alone() -> None:
     size = estimate(LLAMA2_7B, weights, ROWS, Plan(residual_bytes=2))
     assert (size.weights, size.gradients, size.optimiser) == (2 * ALL + 4 * adapter, 4 * adapter, 8 * adapter)
     assert size.gradients + size.optimiser == pytest.approx(0.48e9, rel=0.01)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimiser_keeps_what_is_estimated(optim: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=640).to(dtype).train()
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), optim=optim, learning_rate=1e-3, use_cpu=True))
+    optimiser = trainer.create_optimizer()
+    ids = random_ids(2, 20)
+    model(ids, labels=ids).loss.backward()
+    optimiser.step()
+    states = [value for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value)]
+    kept = sum(value.nbytes for value in states if value.dim())  # without the step's number
+    assert optimiser_bytes(model, optim) == kept
+
+
+def test_quantised_states_take_a_byte_but_for_embeddings_and_small_weights() -> None:
+    model = tiny_model(vocab_size=640)
+    embedding, head = 640 * 32, 640 * 32
+    small = sum(weight.numel() for weight in model.parameters()) - embedding - head
+    assert optimiser_bytes(model, "adamw_bnb_8bit") == 8 * (embedding + small) + 2 * (1 + 1 / 64) * head
+    assert optimiser_bytes(model, "lion_8bit") == 4 * (embedding + small) + (1 + 1 / 64) * head
+    assert optimiser_bytes(model, "paged_adamw_32bit") == optimiser_bytes(model, "galore_adamw")
+    assert optimiser_bytes(model.requires_grad_(False), "adamw_torch") == 0
+    assert optimiser_bytes(tiny_model(), "sgd", "momentum=0.9") == optimiser_bytes(tiny_model(), "adagrad")
+
+
+def test_the_estimate_of_a_run_knows_its_optimiser() -> None:
+    adam, sgd = (estimate(LLAMA2_7B, FULL, ROWS, Plan(devices=8, sharding="fsdp"), size) for size in (None, 0))
+    assert sgd.optimiser == 0 and sgd.total == adam.total - ALL
 
 
 def test_the_description_is_one_line_and_the_warning_says_what_to_do() -> None:

@@ -8,7 +8,7 @@ from documents import LANDMARK, random_documents
 
 from finetune.data.packing import IGNORED_LABEL, OPEN_ROWS, Packing
 from finetune.data.prepare import PackedRows
-from landmark_llama.tokenization import landmarked_length, plain_length, strip_landmarks
+from landmark_llama.tokenization import landmarked_length, plain_length
 
 SHAPES = [(8, 4), (9, 4), (64, 4), (64, 16), (61, 8), (512, 64), (10, 2)]
 
@@ -35,7 +35,7 @@ def test_joined_rows_hold_every_token_in_order_and_lose_only_what_fills_no_row(
 ) -> None:
     documents = random_documents(seed=row_tokens)
     joined = [token for document in documents for token in document]
-    packing = Packing(landmarked_length(row_tokens, block_size), block_size, None)
+    packing = Packing(landmarked_length(row_tokens, block_size), block_size)
     rows = packed(documents, packing)
     assert packing.row_tokens == row_tokens and len(rows) == len(joined) // row_tokens
     tokens = torch.cat([rows[i]["input_ids"] for i in range(len(rows))])
@@ -44,16 +44,12 @@ def test_joined_rows_hold_every_token_in_order_and_lose_only_what_fills_no_row(
 
 
 @pytest.mark.parametrize("context_length", [8, 9, 10, 12, 61, 62, 64])
-def test_landmark_rows_have_exactly_the_asked_positions_and_the_tokens_of_the_dense_rows(context_length: int) -> None:
-    documents = random_documents(seed=1)
-    dense, landmark = (packed(documents, Packing(context_length, 4, which)) for which in (None, LANDMARK))
-    assert len(dense) == len(landmark) > 0
-    for plain, landmarked in zip(dense, landmark, strict=True):
-        assert landmarked["input_ids"].shape == landmarked["labels"].shape == (context_length,)
-        assert torch.equal(strip_landmarks(landmarked["input_ids"], 4, LANDMARK), plain["input_ids"])
-        is_landmark = landmarked["input_ids"] == LANDMARK
-        assert (landmarked["labels"][is_landmark] == IGNORED_LABEL).all()
-        assert torch.equal(landmarked["labels"][~is_landmark], landmarked["input_ids"][~is_landmark])
+def test_rows_are_plain_and_take_exactly_the_asked_positions(context_length: int) -> None:
+    rows = packed(random_documents(seed=1), Packing(context_length, 4))
+    assert len(rows) > 0
+    for row in rows:
+        assert landmarked_length(len(row["input_ids"]), 4) == context_length
+        assert LANDMARK not in row["input_ids"] and torch.equal(row["labels"], row["input_ids"])
 
 
 @pytest.mark.parametrize("kind", ["join", "whole", "apart"])
@@ -61,7 +57,7 @@ def test_landmark_rows_have_exactly_the_asked_positions_and_the_tokens_of_the_de
 def test_a_stream_of_documents_gives_the_rows_of_the_documents_on_disk(
     kind: str, context_length: int, block_size: int
 ) -> None:
-    packing = Packing(context_length, block_size, LANDMARK, kind)
+    packing = Packing(context_length, block_size, kind)
     documents = random_documents(seed=2, count=300, longest=90)
     on_disk, from_stream = packed(documents, packing), streamed(documents, packing)
     assert len(on_disk) == len(from_stream) > 1
@@ -74,7 +70,7 @@ def test_a_stream_of_documents_gives_the_rows_of_the_documents_on_disk(
 def test_documents_apart_fit_their_row_with_the_landmarks_of_each(context_length: int, block_size: int) -> None:
     documents = random_documents(seed=3, count=200, longest=3 * context_length)
     longest = plain_length(context_length, block_size)
-    for row in packed(documents, Packing(context_length, block_size, LANDMARK, "apart")):
+    for row in packed(documents, Packing(context_length, block_size, "apart")):
         assert all(column.shape == (context_length,) for column in row.values())
         lengths = [len(piece) for piece in pieces_of(row)]
         assert lengths and sum(landmarked_length(n, block_size) for n in lengths) <= context_length
@@ -95,18 +91,14 @@ def pieces_that_fit(documents: list[list[int]], longest: int) -> list[list[int]]
     return [document[i : i + longest] for document in documents for i in range(0, len(document), longest)]
 
 
-@pytest.mark.parametrize("landmark", [None, LANDMARK])
-def test_whole_documents_are_cut_only_where_no_row_can_hold_them_and_none_is_lost(landmark: int | None) -> None:
+def test_whole_documents_are_cut_only_where_no_row_can_hold_them_and_none_is_lost() -> None:
     documents = numbered_documents()
-    packing = Packing(64, 8, landmark, "whole")
+    packing = Packing(64, 8, "whole")
     rows = packed(documents, packing)
     pieces, text = [], []
     for row in rows:
         ids, labels = row["input_ids"], row["labels"]
-        assert len(ids) == len(labels) == (packing.row_tokens if landmark is None else 64)
-        ordinary = ids != LANDMARK
-        assert (labels[~ordinary] == IGNORED_LABEL).all()
-        ids, labels = ids[ordinary], labels[ordinary]
+        assert len(ids) == len(labels) == packing.row_tokens and LANDMARK not in ids
         length = int((labels != IGNORED_LABEL).sum())
         assert torch.equal(ids[:length], labels[:length])  # what is ignored stands behind
         text.append(ids[:length].tolist())
@@ -124,7 +116,7 @@ def test_whole_documents_are_cut_only_where_no_row_can_hold_them_and_none_is_los
 
 def test_documents_apart_are_whole_where_a_row_can_hold_them_and_none_is_lost() -> None:
     documents = numbered_documents()
-    rows = packed(documents, Packing(64, 8, LANDMARK, "apart"))
+    rows = packed(documents, Packing(64, 8, "apart"))
     pieces = [piece for row in rows for piece in pieces_of(row)]
     assert sorted(pieces) == sorted(pieces_that_fit(documents, plain_length(64, 8)))
     filled = sum(len(piece) + len(piece) // 7 for piece in pieces) / (64 * len(rows))
@@ -132,7 +124,7 @@ def test_documents_apart_are_whole_where_a_row_can_hold_them_and_none_is_lost() 
 
 
 def test_nothing_predicts_the_first_token_of_a_document_that_is_kept_apart() -> None:
-    rows = packed(random_documents(seed=6), Packing(64, 8, LANDMARK, "apart"))
+    rows = packed(random_documents(seed=6), Packing(64, 8, "apart"))
     for row in rows:
         first = row["position_ids"] == 0  # padding, too
         assert (row["labels"][first] == IGNORED_LABEL).all()
@@ -149,5 +141,5 @@ def test_few_rows_are_held_however_many_documents_come(kind: str) -> None:
             taken += 1
             yield np.ones(37, dtype=np.int32)  # two of them fit no row
 
-    next(Packing(64, 8, LANDMARK, kind).pack(documents()))
+    next(Packing(64, 8, kind).pack(documents()))
     assert taken <= OPEN_ROWS + 1

@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_finetune_run import Interruption, base, data, flags, interrupt_at_save, same_weights  # noqa: F401
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from finetune.arguments import UserError
 from finetune.checkpoints.output import METRICS, checkpoints
-from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes
+from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_damage
 from finetune.run import main
 from landmark_llama import LandmarkLlamaForCausalLM
 
@@ -191,6 +193,13 @@ class Poison:
         return open, (str(self.file), "w")
 
 
+def pickled_call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls what `name`, which may have dots, is in `module`."""
+    words = [pickle.BINUNICODE + len(word).to_bytes(4, "little") + word.encode() for word in (module, name, argument)]
+    found = pickle.PROTO + b"\x04" + words[0] + words[1] + pickle.STACK_GLOBAL
+    return found + words[2] + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+
+
 def in_a_zip(pickled: bytes, original: Path) -> bytes:
     """`original`, a file of torch.save, with `pickled` in place of its own pickle."""
     written = io.BytesIO()
@@ -203,6 +212,8 @@ def in_a_zip(pickled: bytes, original: Path) -> bytes:
 def test_the_poison_works(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Poison(tmp_path / "poisoned"), protocol=2)).close()
     assert (tmp_path / "poisoned").exists()
+    pickle.loads(pickled_call(FileSystemReader.__module__, "os.system", f"touch {tmp_path / 'called'}"))
+    assert (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize("form", ["pickle", "zip"])
@@ -220,6 +231,25 @@ def test_a_poisoned_checkpoint_is_refused_and_its_pickle_never_runs(
     with pytest.raises(UserError, match=f"{name}: is damaged"):
         main(flags(cut / "base", cut / "data", copy))
     assert not (tmp_path / "poisoned").exists()
+
+
+def test_the_table_of_a_sharded_checkpoint_is_read_and_a_poisoned_one_never_runs(
+    cut: Path, copy: Path, tmp_path: Path
+) -> None:
+    checkpoint = copy / "checkpoint-4"
+    shards = checkpoint / "pytorch_model_fsdp_0"
+    weights = {"model": {"one": torch.ones(3), "other": torch.ones(2, dtype=torch.bfloat16)}, "step": 4}
+    distributed_checkpoint.save(weights, checkpoint_id=shards, no_dist=True)
+    (checkpoint / COMPLETE).write_text(json.dumps({"step": 4, "files": file_sizes(checkpoint)}))
+    refuse_damage(checkpoint)
+    touch = f"touch {tmp_path / 'poisoned'}"
+    # the second by way of what torch's own reader has imported
+    for module, name in (("os", "system"), (FileSystemReader.__module__, "os.system")):
+        (shards / ".metadata").write_bytes(pickled_call(module, name, touch))
+        (checkpoint / COMPLETE).write_text(json.dumps({"step": 4, "files": file_sizes(checkpoint)}))
+        with pytest.raises(UserError, match=f"pytorch_model_fsdp_0/.metadata: is damaged .it asks for {module}.{name}"):
+            main(flags(cut / "base", cut / "data", copy))
+        assert not (tmp_path / "poisoned").exists()
 
 
 @pytest.mark.parametrize("form", ["pickle", "zip"])

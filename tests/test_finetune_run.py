@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from finetune.arguments import UserError, parse_arguments
 from finetune.checkpoints.output import COMPLETE, METRICS, checkpoints
+from finetune.checkpoints.resume import SETTINGS
 from finetune.demo.corpus import write_corpus
 from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 from finetune.run import finetune, main
 from landmark_llama import LandmarkLlamaForCausalLM
+from landmark_llama.model_card import CARD
 from landmark_llama.tokenization import LANDMARK_TOKEN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,22 @@ def test_a_finished_folder_is_complete_and_loads(finished: Path) -> None:
     assert [path.name for path in checkpoints(finished)] == ["checkpoint-4", "checkpoint-6"]
 
 
+def test_the_card_tells_what_came_out_and_a_readme_of_somebody_stays(
+    finished: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    card, metrics = (finished / CARD).read_text(), json.loads((finished / METRICS).read_text())
+    assert f"| held-out perplexity | {metrics['perplexity']:.4f} |" in card and f"Data: {data.name}." in card
+    assert "56 tokens (64 positions" in card and str(data.parent) not in card
+    (tmp_path / CARD).write_text("mine")
+    main(flags(base, data, tmp_path, "--max_steps", "1"))
+    assert (tmp_path / CARD).read_text() == "mine"
+    for own in (True, False):  # what the run wrote itself is written anew, or deleted with the rest
+        if own:
+            (tmp_path / CARD).unlink()
+        main(flags(base, data, tmp_path, "--max_steps", "1", "--overwrite_output_dir", "true"))
+        assert "held-out perplexity" in (tmp_path / CARD).read_text()
+
+
 def test_training_changes_the_landmark_row_and_the_other_weights(finished: Path, base: Path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (base, finished))
     landmark = AutoTokenizer.from_pretrained(finished).convert_tokens_to_ids(LANDMARK_TOKEN)
@@ -137,6 +155,20 @@ def test_a_run_interrupted_after_its_last_step_only_evaluates_and_saves(
         main(flags(base, data, tmp_path))
     assert not (tmp_path / METRICS).exists() and not (tmp_path / "model.safetensors").exists()
     monkeypatch.undo()
+    main(flags(base, data, tmp_path))
+    assert same_weights(tmp_path, finished)
+
+
+def test_a_run_that_began_when_rows_still_held_landmarks_goes_on_bit_for_bit(
+    base: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch
+) -> None:
+    interrupt_at_save(monkeypatch, 2, Interruption())
+    with pytest.raises(Interruption):
+        main(flags(base, data, tmp_path))
+    monkeypatch.undo()
+    record = json.loads((tmp_path / SETTINGS).read_text())
+    del record["rows"]
+    (tmp_path / SETTINGS).write_text(json.dumps(record | {"data_fingerprint": "of rows with landmarks"}))
     main(flags(base, data, tmp_path))
     assert same_weights(tmp_path, finished)
 

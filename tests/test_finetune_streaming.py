@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import LANDMARK, byte_tokenizer, whole_documents, write_jsonl
+from documents import byte_tokenizer, whole_documents, write_jsonl
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
@@ -21,7 +21,6 @@ from finetune.arguments import DataArguments, UserError
 from finetune.checkpoints.output import METRICS
 from finetune.data.prepare import Rows, make_rows
 from finetune.run import main
-from landmark_llama.tokenization import strip_landmarks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +39,7 @@ def small_shards(monkeypatch) -> None:
 def stream_of(source: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **settings) -> Rows:
     defaults = {"context_length": 64, "heldout_share": 0.2, "shuffle_buffer": 10, "max_heldout_rows": 20}
     data = DataArguments(data=[str(source)], streaming=True, **{**defaults, **settings})
-    return make_rows(data, tokenizer, 8, LANDMARK, None, seed)
+    return make_rows(data, tokenizer, 8, None, seed)
 
 
 def first(rows: Rows, count: int) -> list[torch.Tensor]:
@@ -48,7 +47,7 @@ def first(rows: Rows, count: int) -> list[torch.Tensor]:
 
 
 def decoded(rows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [tokenizer.decode(strip_landmarks(ids, 8, LANDMARK)) for ids in rows]
+    return [tokenizer.decode(ids) for ids in rows]
 
 
 def write_numbered(folder: Path, files: int = 4, documents: int = 40) -> None:
@@ -87,7 +86,8 @@ def test_rows_of_a_stream_are_those_that_are_stored(tmp_path: Path, tokenizer) -
         row = next(iter(rows.train))
         names = {"input_ids", "labels"} | ({"position_ids", "attention_mask"} if kind == "apart" else set())
         assert row.keys() == rows.heldout[0].keys() == names
-        assert all(column.shape == (64,) and column.dtype == torch.long for column in row.values())
+        columns = 64 if kind == "apart" else 56
+        assert all(column.shape == (columns,) and column.dtype == torch.long for column in row.values())
 
 
 def test_held_out_documents_are_never_trained_on(tmp_path: Path, tokenizer) -> None:
@@ -97,8 +97,8 @@ def test_held_out_documents_are_never_trained_on(tmp_path: Path, tokenizer) -> N
     heldout, train = (
         {tokenizer.decode(ids) for ids in whole_documents(torch.cat(part).tolist())}
         for part in (
-            [strip_landmarks(row["input_ids"], 8, LANDMARK) for row in rows.heldout],
-            [strip_landmarks(ids, 8, LANDMARK) for ids in first(rows, 300)],
+            [row["input_ids"] for row in rows.heldout],
+            first(rows, 300),
         )
     )
     train, heldout = train & set(texts), heldout & set(texts)

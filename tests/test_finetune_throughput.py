@@ -32,7 +32,7 @@ def test_a_row_counts_the_same_with_and_without_its_landmarks(length: int) -> No
 
 def test_padding_is_not_counted_and_documents_are_counted_by_themselves() -> None:
     documents = [random_ids(length).numpy() for length in (7, 1, 3)]
-    packing = Packing(20, BLOCK, LANDMARK, "apart")
+    packing = Packing(20, BLOCK, "apart")
     row = {name: column.unsqueeze(0) for name, column in packing.row(documents).items() if name != "labels"}
     alone = [counted(input_ids=torch.from_numpy(document).unsqueeze(0)) for document in documents]
     together = counted(**row)

@@ -9,7 +9,7 @@ from pathlib import Path
 import drills
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_finetune_run import base, data, flags, same_weights  # noqa: F401
 from transformers import AutoTokenizer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,6 +18,7 @@ from finetune.arguments import UserError, parse_arguments
 from finetune.checkpoints.output import METRICS, checkpoints
 from finetune.run import main
 
+LORA_LAYER = "base_model.model.model.layers.1"
 EVERY_STEP = ("--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "10")
 
 
@@ -193,3 +194,42 @@ def test_no_pickled_arguments_are_saved(base: Path, data: Path, tmp_path: Path) 
     main(flags(base, data, tmp_path, "--max_steps", "2"))
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     assert not list(tmp_path.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "file", "lost"),
+    [
+        ((), "model.safetensors", "model.layers.1.mlp.up_proj.weight"),
+        (
+            ("--lora_rank", "2"),
+            "adapter_model.safetensors",
+            "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight",
+        ),
+    ],
+    ids=["all", "lora"],
+)
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_trained_weight_that_was_not_saved_ends_the_run_and_nothing_counts_as_finished(
+    cut: bool,
+    adapter: tuple[str, ...],
+    file: str,
+    lost: str,
+    base: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = Trainer.save_model
+
+    def lose(self: Trainer, output_dir: str, *args) -> None:
+        save(self, output_dir, *args)
+        weights = load_file(Path(output_dir) / file)
+        weight = weights.pop(lost)
+        save_file(weights | ({lost: weight[1:].clone()} if cut else {}), Path(output_dir) / file)
+
+    monkeypatch.setattr(Trainer, "save_model", lose)
+    with pytest.raises(RuntimeError, match=f"checkpoint-2: 1 of the [0-9]+ trained weights .* {lost} of shape"):
+        main(flags(base, data, tmp_path, *adapter))
+    with pytest.raises(RuntimeError, match="model.partial: 1 of the"):
+        main(flags(base, data, tmp_path, *adapter, "--save_strategy", "no"))
+    assert not checkpoints(tmp_path) and not (tmp_path / METRICS).exists() and not (tmp_path / file).exists()

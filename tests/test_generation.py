@@ -315,3 +315,30 @@ print(type(AutoModel.from_pretrained({str(saved)!r})).__name__)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["LandmarkLlamaConfig", "LandmarkLlamaForCausalLM", "LandmarkLlamaModel"]
+
+
+def test_caches_that_nobody_knows_are_refused_by_name_too() -> None:
+    for name in ("no such cache", "offloaded", "quantized", "paged"):
+        with pytest.raises(ValueError, match=f"^cache_implementation='{name}': .* LandmarkCache") as error:
+            tiny_model().generate(random_ids(1, 5), max_new_tokens=2, cache_implementation=name)
+        assert "\n" not in str(error.value)
+
+
+def test_continuous_batching_is_refused_at_once() -> None:
+    model, prompts = tiny_model(), [[8, 9], [10]]
+    for generate in (
+        lambda: model.generate_batch(prompts, max_new_tokens=2),
+        lambda: model.init_continuous_batching(),
+    ):
+        with pytest.raises(ValueError, match=r"^continuous batching: .* call generate with a batch"):
+            generate()
+
+
+def test_attention_backends_of_transformers_are_not_said_to_be_supported() -> None:
+    model = tiny_model()
+    for part in (model, model.model):
+        assert not part.is_backend_compatible() and not part._can_compile_fullgraph
+        assert not (part._supports_sdpa or part._supports_flash_attn or part._supports_flex_attn)
+    for backend in ("sdpa", "flash_attention_2", "flex_attention"):
+        with pytest.raises(ValueError, match="not support"):
+            type(model)._from_config(model.config, attn_implementation=backend)

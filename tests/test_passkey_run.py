@@ -12,14 +12,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval_passkey import run
-from eval_passkey.task import InputError
+from eval_passkey import measure, run
+from eval_passkey.prompts import InputError
 from landmark_llama import LandmarkLlamaForCausalLM
+from landmark_llama.configuration import RETRIEVAL_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LANDMARK_DATA", ROOT / "../shared/data"))
-ROW = ["length", "prompt_tokens", "depth", "seed", "key", "prediction", "correct", "seconds"]
-SUMMARY_ROW = ["length", "samples", "correct", "accuracy", "ci_low", "ci_high", "seconds_per_prompt"]
+ROW = [
+    "task", "length", "prompt_tokens", "phase", "depth", "seed", "key", "prediction", "correct", "recall", "seconds",
+]  # fmt: skip
+SUMMARY_ROW = [
+    "task", "length", "samples", "correct", "accuracy", "ci_low", "ci_high", "recall", "part", "seconds_per_prompt",
+]  # fmt: skip
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -71,7 +76,7 @@ def clairvoyant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         asked.append((len(prompt.input_ids), prompt.seed))
         return f" {prompt.key}." if len(prompt.input_ids) >= 400 else f" {prompt.key}1."
 
-    monkeypatch.setattr(run, "generate_answer", answer)
+    monkeypatch.setattr(measure, "generate_answer", answer)
     return asked
 
 
@@ -94,6 +99,7 @@ def test_a_run_writes_rows_summary_and_pictures_and_prints_their_paths(dense, tm
         rows = rows_of(folder)
         assert [(row["length"], row["seed"]) for row in rows] == [(350, 0), (350, 1), (500, 0), (500, 1)]
         assert all(list(row) == ROW and row["prompt_tokens"] == row["length"] for row in rows)
+        assert all(row["task"] == "passkey" and row["phase"] is None for row in rows)
         assert all(row["seconds"] > 0 and not row["correct"] and 0 <= row["depth"] <= 1 for row in rows)
         summary = json.loads((folder / "summary.json").read_text())
         assert [list(row) for row in summary["rows"]] == [SUMMARY_ROW] * 2
@@ -102,6 +108,7 @@ def test_a_run_writes_rows_summary_and_pictures_and_prints_their_paths(dense, tm
             (500, 2, 0),
         ]
         assert summary["model"] == str(dense) and summary["training_context"] == 128
+        assert summary["by_phase"] == [] and summary["settings"]["length_spread"] == 1
         assert summary["settings"]["seed"] == 0 and summary["device"].startswith("cpu")
         assert summary["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
@@ -126,7 +133,7 @@ def test_grid_depths_are_taken_in_turn(dense, clairvoyant, tmp_path):
 def test_an_interrupted_run_goes_on_and_gives_the_rows_of_an_uninterrupted_one(dense, tmp_path, monkeypatch):
     arguments = ("--lengths", "350", "500", "--samples", "2")
     command(dense, tmp_path / "whole", *arguments)
-    real, calls = run.generate_answer, []
+    real, calls = measure.generate_answer, []
 
     def interrupted(*args):
         calls.append(args)
@@ -134,7 +141,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_rows_of_an_uninterrupted_one(d
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(run, "generate_answer", interrupted)
+    monkeypatch.setattr(measure, "generate_answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command(dense, tmp_path / "torn", *arguments)
     results = tmp_path / "torn/results.jsonl"
@@ -161,10 +168,12 @@ def test_results_of_other_settings_are_refused_and_left_as_they_are(dense, clair
     before = (output / "results.jsonl").read_bytes(), (output / "summary.json").read_bytes()
     with pytest.raises(InputError, match=r"settings.seed was 0 and is 5\); choose another --output"):
         command(dense, output, "--lengths", "400", "--seed", "5")
-    wording = json.loads((ROOT / "eval_passkey/template.json").read_text()) | {"filler": "Nothing at all."}
+    wording = json.loads((ROOT / "eval_passkey/template_paper.json").read_text()) | {"needle": "It is {key}."}
     (tmp_path / "other.json").write_text(json.dumps(wording))
-    with pytest.raises(InputError, match=r"settings.template.filler was .* and is \"Nothing at all.\""):
+    with pytest.raises(InputError, match=r"tasks.passkey.template.needle was .* and is \"It is {key}.\""):
         command(dense, output, "--lengths", "400", "--template", str(tmp_path / "other.json"))
+    with pytest.raises(InputError, match=r"settings.length_spread was 1 and is 15\); choose another --output"):
+        command(dense, output, "--lengths", "400", "--length_spread", "15")
     with pytest.raises(InputError, match="fingerprint was"):
         command(save_dense(tmp_path / "retrained", seed=1), output, "--lengths", "400")
     assert before == ((output / "results.jsonl").read_bytes(), (output / "summary.json").read_bytes())
@@ -211,33 +220,33 @@ def test_a_model_that_lacks_memory_skips_the_length_but_other_errors_are_not_hid
 
     arguments = ("--lengths", "400", "450", "--samples", "2")
     lack = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    monkeypatch.setattr(run, "generate_answer", fail(lack))
+    monkeypatch.setattr(measure, "generate_answer", fail(lack))
     assert command(dense, tmp_path / "out", *arguments) == 1
     assert {row["length"] for row in rows_of(tmp_path / "out")} == {400}
-    monkeypatch.setattr(run, "generate_answer", fail(ValueError("a bug")))
+    monkeypatch.setattr(measure, "generate_answer", fail(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         command(dense, tmp_path / "out", *arguments)
 
 
 def test_a_landmark_model_runs_with_retrieval_settings_of_the_command(landmark, dense, tmp_path):
     settings = (
-        "--num_retrieved_blocks", "2", "--num_local_blocks", "1", "--retrieval_granularity", "head",
+        "--exact_lengths", "--num_retrieved_blocks", "2", "--num_local_blocks", "1", "--retrieval_granularity", "head",
         "--local_attention", "chunked",
     )  # fmt: skip
     arguments = ("--baseline", str(dense), "--lengths", "600", "--samples", "2")
     assert command(landmark, tmp_path, *arguments, *settings) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     retrieval = summary["settings"]["retrieval"]
-    assert [retrieval[name] for name in run.RETRIEVAL_SETTINGS] == [2, 1, "chunked", "head"]
+    assert [retrieval[name] for name in RETRIEVAL_SETTINGS] == [2, 1, "chunked", "head"]
     assert summary["training_context"] == 128
     assert json.loads((tmp_path / "baseline/summary.json").read_text())["settings"]["retrieval"] == {}
     with pytest.raises(InputError, match=r"settings\.retrieval\.num_retrieved_blocks was 2 and is 3"):
-        command(landmark, tmp_path, *arguments, *settings[2:], "--num_retrieved_blocks", "3")
+        command(landmark, tmp_path, *arguments, *settings[:1], *settings[3:], "--num_retrieved_blocks", "3")
 
 
 def test_the_settings_reach_the_landmark_model_itself(landmark, tmp_path):
     arguments = run.Arguments(model=str(landmark), output=str(tmp_path), lengths=[400], num_retrieved_blocks=1)
-    subject = run.PasskeyRun(arguments, "model").subject
+    subject = run.find_subjects(arguments)["model"]
     model = run.load_model("--model", subject, "auto", "cpu")
     assert model.config.num_retrieved_blocks == 1 and not model.training
 
@@ -262,6 +271,15 @@ def test_retrieval_settings_that_do_not_fit_are_refused(landmark, dense, tmp_pat
         (["--template", "nowhere.json"], "^template nowhere.json: cannot be read"),
         (["--baseline", "./nowhere"], "^--baseline ./nowhere: there is no such folder"),
         (["--baseline", "nowhere"], "^--baseline nowhere: there is no such folder"),
+        (["--task", "needle"], "^--task needle: there is no 'needle'; choose from passkey, "),
+        (["--task", "passkey:text"], "^--task passkey:text: needs a text, --haystack FILE"),
+        (["--haystack", "a.txt"], "^--haystack a.txt: no task reads it; write --task passkey:text"),
+        (["--task", "passkey:text", "--haystack", "nowhere.txt"], "^--haystack nowhere.txt: cannot be read"),
+        (["--task", "passkey:once", "--template", "a.json"], "^--template a.json: no task has it"),
+        (["--chat_template", "true"], "^--chat_template true: the tokenizer has no chat template"),
+        (["--length_spread", "0"], "^--length_spread 0: must be at least 1"),
+        (["--length_spread", "9", "--exact_lengths"], "^--length_spread 9: contradicts --exact_lengths"),
+        (["--lengths", "300", "--length_spread", "90"], "^--lengths 300: prompts have up to 89 tokens less; length=2"),
         (["--device", "abacus"], "^--model .*: the model cannot be loaded"),
     ],
 )
@@ -310,4 +328,101 @@ def test_a_pretrained_llama_and_its_landmark_form_run_side_by_side(tmp_path):
     arguments = ("--baseline", str(folder), "--lengths", "300", "700", "--samples", "1")
     assert command(tmp_path / "landmark", tmp_path / "out", *arguments) == 0
     for rows in (rows_of(tmp_path / "out"), rows_of(tmp_path / "out/baseline")):
-        assert [row["prompt_tokens"] for row in rows] == [300, 700]
+        assert [row["length"] for row in rows] == [300, 700]
+        assert all(0 <= row["length"] - row["prompt_tokens"] < 15 for row in rows)
+
+
+# -- lengths, phases and tasks ---------------------------------------------------------------------------------------
+
+
+def test_model_and_baseline_get_the_same_prompts_of_every_phase(landmark, dense, clairvoyant, tmp_path, capsys):
+    arguments = ("--baseline", str(dense), "--lengths", "400", "500", "--samples", "14")
+    assert command(landmark, tmp_path, *arguments) == 0
+    ours, theirs = rows_of(tmp_path), rows_of(tmp_path / "baseline")
+    same = ("length", "prompt_tokens", "phase", "depth", "seed", "key")
+    assert [[row[name] for name in same] for row in ours] == [[row[name] for name in same] for row in theirs]
+    for length in (400, 500):
+        tokens = [row["prompt_tokens"] for row in ours if row["length"] == length]
+        assert sorted(tokens) == sorted(2 * list(range(length - 6, length + 1)))  # blocks of 7 ordinary tokens
+    assert all(row["phase"] == row["prompt_tokens"] % 7 for row in ours)
+    assert [tokens for tokens, _ in clairvoyant] == 2 * [row["prompt_tokens"] for row in ours]
+    by_phase = json.loads((tmp_path / "summary.json").read_text())["by_phase"]
+    assert [(entry["task"], entry["phase"], entry["samples"]) for entry in by_phase] == [
+        ("passkey", phase, 4) for phase in range(7)
+    ]
+    assert [entry["correct"] for entry in by_phase] == [2, 4, 2, 2, 2, 2, 2]  # right from 400 tokens on: 400 % 7 == 1
+    assert (tmp_path / "phase.png").is_file() and str(tmp_path / "phase.png") in (printed := capsys.readouterr().out)
+    assert "tokens in the last block (0 to 6)" in printed
+
+
+def test_exact_lengths_are_what_they_say(landmark, clairvoyant, tmp_path):
+    command(landmark, tmp_path, "--lengths", "400", "--samples", "3", "--exact_lengths")
+    assert [(row["prompt_tokens"], row["phase"]) for row in rows_of(tmp_path)] == [(400, 400 % 7)] * 3
+    with pytest.raises(InputError, match=r"settings.length_spread was 1 and is 7"):
+        command(landmark, tmp_path, "--lengths", "400", "--samples", "3")
+
+
+def test_results_of_the_former_protocol_are_refused(landmark, clairvoyant, tmp_path):
+    command(landmark, tmp_path, "--lengths", "400", "--samples", "1", "--exact_lengths")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("protocol", "length_spread", "phases", "chat_template"):
+        del summary["settings"][name]
+    summary["settings"]["template"] = summary.pop("tasks")["passkey"]["template"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (row,) = rows_of(tmp_path)
+    former = {name: value for name, value in row.items() if name not in ("task", "phase", "recall")}
+    (tmp_path / "results.jsonl").write_text(json.dumps(former) + "\n")
+    with pytest.raises(
+        InputError, match=r"another run \(settings.protocol was null and is 2; .*choose another --output"
+    ):
+        command(landmark, tmp_path, "--lengths", "400", "--samples", "1", "--exact_lengths")
+
+
+def test_several_tasks_are_rows_of_one_table_and_more_can_be_added(dense, clairvoyant, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("Herons wait. No fish comes, as ever. " * 9)
+    text = ("--haystack", str(tmp_path / "book.txt"))
+    arguments = ("--lengths", "1200", "--samples", "2")
+    command(dense, tmp_path / "out", *arguments, "--task", "passkey", "passkey:text", *text)
+    asked = len(clairvoyant)
+    tasks = ["passkey:once", "passkey:text", "multi_key:2"]
+    command(dense, tmp_path / "out", *arguments, "--task", *tasks, *text)
+    assert (asked, len(clairvoyant)) == (4, 8)
+    rows = rows_of(tmp_path / "out")
+    names = ["passkey", "passkey:text", "passkey:once", "multi_key:2"]
+    assert [row["task"] for row in rows] == [name for name in names for _ in range(2)]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [(entry["task"], entry["accuracy"]) for entry in summary["rows"]] == [(name, 1.0) for name in names]
+    assert sorted(summary["tasks"]) == sorted(names) and "text" in summary["tasks"]["passkey:text"]["haystack"]
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table if "1200 |" in line][-4:] == names
+    (tmp_path / "book.txt").write_text("Another one.")
+    with pytest.raises(InputError, match=r"tasks.passkey:text.haystack.text was"):
+        command(dense, tmp_path / "out", *arguments, "--task", *tasks, *text)
+
+
+def test_a_task_with_several_answers_reports_their_recall(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "generate_answer", lambda model, tokenizer, prompt: " ".join(prompt.answers[:3]))
+    command(dense, tmp_path, "--task", "multi_query:4", "--lengths", "1500", "--samples", "2")
+    (entry,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert (entry["correct"], entry["recall"], entry["part"]) == (0, 0.75, 1.0)
+    assert "recall" in (printed := capsys.readouterr().out) and "75.0 %" in printed
+
+
+def test_the_baseline_can_be_spared_the_long_prompts(dense, clairvoyant, tmp_path, capsys):
+    arguments = ("--baseline", str(dense), "--baseline_max_length", "400", "--lengths", "400", "500", "--samples", "1")
+    command(dense, tmp_path, *arguments)
+    assert [row["length"] for row in rows_of(tmp_path)] == [400, 500]
+    assert [row["length"] for row in rows_of(tmp_path / "baseline")] == [400]
+    assert "not run" in capsys.readouterr().out
+
+
+def test_a_chat_model_is_asked_in_its_template(dense, clairvoyant, tmp_path):
+    shutil.copytree(dense, tmp_path / "chat")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    arguments = ("--lengths", "400", "--samples", "1", "--output", str(tmp_path / "out"), "--device", "cpu")
+    assert run.main(["--model", str(tmp_path / "chat"), "--chat_template", "true", *arguments]) == 0
+    assert clairvoyant == [(400, 0)]
+    with pytest.raises(InputError, match="settings.chat_template was true and is false"):
+        run.main(["--model", str(tmp_path / "chat"), *arguments])

@@ -1,5 +1,7 @@
 """Rotation by a table of angles: against complex numbers, with its gradients, whatever broadcasts."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,3 +45,9 @@ def test_compiled_it_turns_the_same(requires_grad: bool) -> None:
     position = torch.arange(5).unsqueeze(-1)
     compiled = torch.compile(TABLE.rotate, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, position), TABLE.rotate(x, position))
+
+
+def test_nothing_that_walks_through_containers_casts_the_table() -> None:
+    # FSDP casts the tensors in the tuples and dataclasses of a call; modules take this table, which stays in fp32
+    assert torch.utils._pytree.tree_leaves({"rotary": (TABLE,)}) == [TABLE]
+    assert not dataclasses.is_dataclass(TABLE)

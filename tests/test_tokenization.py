@@ -96,3 +96,11 @@ def test_the_landmark_token_is_special_added_once_and_leaves_the_others_alone(tm
 def test_another_name_for_the_landmark_token() -> None:
     tokenizer = word_tokenizer()
     assert tokenizer.convert_ids_to_tokens(add_landmark_token(tokenizer, "<memory>")) == "<memory>"
+
+
+def test_with_its_landmark_a_tokenizer_calls_no_text_too_long(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 4
+    add_landmark_token(tokenizer)
+    assert len(tokenizer("a b a b a").input_ids) == 5 and not caplog.records
+    assert tokenizer.model_max_length > 10**12

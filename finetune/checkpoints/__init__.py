@@ -1,1 +1,1 @@
-"""What a run saves, and what it may resume from."""
+"""Checkpoints and the finished model: written so that a kill leaves whole files, checked before a run resumes."""

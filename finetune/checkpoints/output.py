@@ -9,17 +9,20 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.arguments import RunArguments, UserError
-from finetune.checkpoints.disk import flush_to_disk, is_disk_full, write_json
 from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_another_run, refuse_damage
+from finetune.disk import flush_to_disk, is_disk_full, write_json
+from landmark_llama import LandmarkLlamaForCausalLM
+from landmark_llama.hub import LOADER
+from landmark_llama.model_card import CARD, is_own_card, model_card, write_card
 
 METRICS = "metrics.json"
 # What a run writes beside its checkpoints; `--overwrite_output_dir` deletes these and nothing else.
 RUN_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "training_args.bin", "*.partial", LOADER,
     "adapter_config.json", "adapter_model.safetensors", "landmark_adapter.json", METRICS, SETTINGS,
 )  # fmt: skip
 
@@ -34,7 +37,8 @@ def checkpoints(output_dir: Path, complete: bool = True) -> list[Path]:
 class CompleteCheckpoints(TrainerCallback):
     """Marks a checkpoint once all of it is on the disk, and only then deletes the oldest, beyond the last `keep`.
 
-    The Trainer's own `save_total_limit` deletes before the mark can be set, so the limit is given here instead.
+    The best one stays, where `load_best_model_at_end` will ask for it. The Trainer's own `save_total_limit` deletes
+    before the mark can be set, so the limit is given here instead.
     """
 
     def __init__(self, keep: int | None) -> None:
@@ -54,8 +58,10 @@ class CompleteCheckpoints(TrainerCallback):
             if path.is_file():
                 flush_to_disk(path)
         write_json(checkpoint / COMPLETE, {"step": state.global_step, "files": file_sizes(checkpoint)})
+        best = Path(state.best_model_checkpoint or "").name if args.load_best_model_at_end else None
         for old in checkpoints(output_dir)[: -self.keep] if self.keep else []:
-            delete_checkpoint(old)
+            if old.name != best:
+                delete_checkpoint(old)
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
@@ -73,10 +79,22 @@ def save_finished_model(trainer: Trainer, output_dir: Path) -> None:
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        (staging / CARD).unlink(missing_ok=True)  # `write_run_card` knows more, and a README may be somebody's own
         for path in staging.iterdir():
             flush_to_disk(path)
             os.replace(path, output_dir / path.name)
         staging.rmdir()
+
+
+def write_run_card(output_dir: Path, model: PreTrainedModel, base: str | None, data: list[str], metrics: dict) -> None:
+    """The card of a whole landmark model: what it was made from, trained on, and what came out."""
+    if isinstance(model, LandmarkLlamaForCausalLM):
+        results = {
+            "held-out perplexity": f"{metrics['perplexity']:.4f}",
+            "steps": metrics["steps"],
+            "parameters": f"{metrics['parameters']:,}",
+        }
+        write_card(output_dir, model_card(model.config, base=base, data=data, results=results))
 
 
 def prepare_output(settings: dict, run_args: RunArguments, sources: list[str]) -> str | None:
@@ -145,6 +163,8 @@ def _clear(output_dir: Path) -> None:
         delete_checkpoint(path)
     for path in (path for pattern in RUN_FILES for path in list(output_dir.glob(pattern))):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if is_own_card(output_dir / CARD):
+        (output_dir / CARD).unlink()
 
 
 def _resume_point(output_dir: Path, asked: str | None) -> str | None:

@@ -2,13 +2,15 @@
 
 `run.json` in a run's folder says what its checkpoints were trained on: the settings, and what was found under the
 names in them (the tokenizer, the data files, the model's weights). `complete.json` in a checkpoint lists its files.
-Nothing is unpickled: weights are safetensors, the optimiser's state is read with `weights_only=True`.
+No pickle runs: weights are safetensors, the optimiser's state is read with `weights_only=True`, shards as said below.
 """
 
 import dataclasses
 import hashlib
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,13 +26,20 @@ COMPLETE, SETTINGS = "complete.json", "run.json"
 RESULT_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
+    "adam_epsilon", "max_grad_norm", "optim", "optim_args", "optim_target_modules", "neftune_noise_alpha", "seed",
+    "data_seed", "bf16", "fp16",
 )  # fmt: skip
 # What decides where and how fast, and `skip_bad_rows`: rows before a bad one are the same with and without it.
 FREE_SETTINGS = ("corpus_folder", "preprocessing_workers", "skip_bad_rows")
 # What may change where `--resume_from_checkpoint` asks for it: how long, and how a step's rows are shared out.
 LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
 BATCH_SETTINGS = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+SHARDS = ".metadata"  # of each folder of shards that FSDP saves
+SHARD_MODULES = (
+    "torch", "torch.serialization", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "pathlib", "pathlib._local",
+)  # fmt: skip
+ROWS = "plain"  # since rows hold no landmarks; their fingerprint has changed then, the training has not
 SAMPLED = 64  # values of each weight that its fingerprint is made of
 
 
@@ -39,9 +48,12 @@ def run_settings(
 ) -> dict:
     """Every setting that decides what the run computes, as JSON values."""
     training = run_args.to_dict()
+    data = dataclasses.asdict(data_args)
+    demo = data.pop("demo")
     settings = {
         **dataclasses.asdict(model_args),
-        **dataclasses.asdict(data_args),
+        **data,
+        **(demo if data_args.data == ["embedded"] else {}),
         # a run of all weights has none of the others
         **(dataclasses.asdict(adapter_args) if adapter_args.lora_rank else {"lora_rank": None}),
         **{name: training[name] for name in RESULT_SETTINGS},
@@ -76,6 +88,7 @@ def run_contents(model: PreTrainedModel, weights: str, tokenizer: PreTrainedToke
         "base model's weights": weights,
         "data files": rows.files,
         "data_fingerprint": rows.fingerprint,
+        "rows": ROWS,
     }
 
 
@@ -93,6 +106,8 @@ def refuse_another_run(checkpoint: Path, now: dict, asked: str | None) -> None:
             f"{file}: cannot be read, and alone says what {checkpoint.name} was trained on: copy it from the run's "
             "folder, or start afresh with --overwrite_output_dir"
         ) from error
+    if "rows" not in before:  # written when rows still held landmarks: `data files` and the settings have to do
+        now = {name: value for name, value in now.items() if name not in ("rows", "data_fingerprint")}
     if asked:
         before, now = _without_free(before), _without_free(now)
     changed = [f"{name}={before.get(name)}, not {value}" for name, value in now.items() if before.get(name) != value]
@@ -137,11 +152,11 @@ def refuse_damage(checkpoint: Path) -> None:
             raise _damaged(checkpoint, name, "missing")
         if found[name] != size:
             raise _damaged(checkpoint, name, f"{found[name]:,} bytes in place of {size:,}")
-    for path in sorted(checkpoint.iterdir()):
+    for name in sorted(found):
         try:
-            _read(path)
+            _read(checkpoint / name)
         except Exception as error:  # readers raise many kinds, none of which is worth a traceback
-            raise _damaged(checkpoint, path.name, str(error).strip().partition("\n")[0]) from error
+            raise _damaged(checkpoint, name, str(error).strip().partition("\n")[0]) from error
 
 
 def _read(path: Path) -> None:
@@ -154,6 +169,23 @@ def _read(path: Path) -> None:
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     elif path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
+    elif path.name == SHARDS:
+        with path.open("rb") as file:
+            _ShardsUnpickler(file).load()
+
+
+class _ShardsUnpickler(pickle.Unpickler):
+    """Reads which tensors stand where in a sharded checkpoint, a pickle; makes torch's own values and calls no more.
+
+    torch itself would call whatever such a file asks for.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in SHARD_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, (type, torch.dtype)) or name == "_get_layout":
+                return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _damaged(checkpoint: Path, name: str, what: str) -> UserError:

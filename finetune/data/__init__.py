@@ -1,1 +1,1 @@
-"""Training data: from files to rows."""
+"""Training data: files (sources), texts (reading), token ids (tokens), rows (packing), stored or streamed."""

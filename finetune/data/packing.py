@@ -1,13 +1,14 @@
 """Documents' tokens to training rows of one length: documents joined, kept whole, or kept apart.
 
-Shapes: a document is a sequence of token ids that ends with end-of-sequence; a piece is part of one document; a row is
-made of pieces. Everything here works on one piece of text after the other and holds a few rows at most, so that it
-serves a corpus on disk and a stream alike.
+Rows are plain: they hold ordinary tokens, and the model inserts the landmarks. `context_length` counts positions with
+landmarks, so a row has fewer tokens than that.
 
-- `join`: documents follow each other as in one long text. Rows have their landmarks, `input_ids` and `labels`.
-- `whole`: the same, but no document is cut that a row can hold, so that whatever a text asks for stands in its row.
-- `apart`: a row's documents do not see each other. The row is plain (the model sets the landmarks of each document),
-  and its `position_ids` start at 0 with each document.
+Shapes: a document is a sequence of token ids that ends with end-of-sequence; a piece is part of one document; a row is
+made of pieces. At most a few rows are held at a time, so the same code packs a corpus on disk and a stream.
+
+- `join`: documents follow each other as in one long text. A row is `input_ids` and `labels`.
+- `whole`: the same, but a document that a row can hold is not cut: its end and what it refers to share a row.
+- `apart`: the documents of a row do not see each other. `position_ids` start at 0 with each document.
 """
 
 import bisect
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from landmark_llama.tokenization import insert_landmarks, landmarked_length, plain_length
+from landmark_llama.tokenization import landmarked_length, plain_length
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
 OPEN_ROWS = 64  # rows that are filled at the same time: what is left of a document too long for one finds room there
@@ -33,20 +34,18 @@ class Packing:
 
     Args:
         context_length: landmarked positions of a row.
-        block_size: positions of a block, its landmark included.
-        landmark_token_id: None for a dense model, whose joined rows are a landmark model's without their landmarks, and
-            for rows of several segments.
+        block_size: positions of a block, its landmark included. A dense model's rows need it, too: they hold as many
+            tokens as a landmark model's.
         documents: `join`, `whole` or `apart`.
     """
 
     context_length: int
     block_size: int
-    landmark_token_id: int | None
     documents: str = "join"
 
     @property
     def row_tokens(self) -> int:
-        """Ordinary tokens of a row: exactly where documents are joined, at most (of one document) where apart."""
+        """Tokens of a row; of a row of documents apart, the most that one document can have."""
         return plain_length(self.context_length, self.block_size)
 
     def pack(self, documents: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -62,21 +61,14 @@ class Packing:
         return pack_whole(documents, self.row_tokens, self.context_length, positions)
 
     def row(self, pieces: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """The tensors of a row, each of shape (context_length,); a dense row is shorter by its landmarks."""
+        """The tensors of a row, each of shape (row_tokens,); where documents are apart, (context_length,)."""
         if self.documents == "apart":
             return self._apart_row(pieces)
         return self._joined_row(torch.from_numpy(np.concatenate(pieces).astype(np.int64)))
 
     def _joined_row(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        length = len(tokens)
-        ids = pad(tokens, (0, self.row_tokens - length))  # behind the text, where nothing that counts can see it
-        labels = ids.clone()
-        if self.landmark_token_id is not None:
-            length = landmarked_length(length, self.block_size)
-            ids = insert_landmarks(ids, self.block_size, self.landmark_token_id)
-            labels = ids.masked_fill(ids == self.landmark_token_id, IGNORED_LABEL)
-        labels[length:] = IGNORED_LABEL
-        return {"input_ids": ids, "labels": labels}
+        room = (0, self.row_tokens - len(tokens))  # padding follows the text, so that no text sees it
+        return {"input_ids": pad(tokens, room), "labels": pad(tokens, room, value=IGNORED_LABEL)}
 
     def _apart_row(self, pieces: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         row = {name: torch.zeros(self.context_length, dtype=torch.long) for name in _APART_COLUMNS}
@@ -86,7 +78,7 @@ class Packing:
             stop = start + len(piece)
             tokens = torch.from_numpy(np.asarray(piece).astype(np.int64))
             row["input_ids"][start:stop] = tokens
-            row["labels"][start + 1 : stop] = tokens[1:]  # nothing that it could see predicts a piece's first token
+            row["labels"][start + 1 : stop] = tokens[1:]  # a piece's first token has nothing before it
             row["position_ids"][start:stop] = torch.arange(len(piece))
             row["attention_mask"][start:stop] = 1
             start = stop

@@ -1,7 +1,6 @@
 """Documents to training rows: which files, which share of each, tokens, and rows cut from them.
 
-Dense and landmark runs of one `context_length` get the same rows of the same ordinary tokens (where documents are
-joined), so their losses and perplexities compare: a dense row is a landmark row without its landmarks.
+Dense and landmark runs of one `context_length` get the same rows, so their losses and perplexities compare.
 """
 
 import bisect
@@ -14,12 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune.arguments import DataArguments, RunArguments, UserError
+from finetune.arguments import DataArguments, UserError
 from finetune.data.packing import Packing
 from finetune.data.sources import Subset, describe_files, find_subsets, fingerprint, stamped_by_content
 from finetune.data.streaming import heldout_rows, training_stream
 from finetune.data.tokens import tokenised_subset, tokens_fingerprint
-from finetune.demo.corpus import corpus_files, write_corpus
 from finetune.segments import Segments
 
 
@@ -78,11 +76,11 @@ class PackedRows(torch.utils.data.Dataset):
 
 @dataclass
 class Rows:
-    """What a run trains on and is measured by, and what was found on the way.
+    """Training and held-out rows.
 
-    `train` is an endless `datasets.IterableDataset` where data are streamed; `train_rows` is then None. `problems` says
-    what is wrong with each bad row that was left out, a stream's as they come. `fingerprint` names all that shaped the
-    rows, `files` says in words which files they are from.
+    Streamed, `train` is an endless `datasets.IterableDataset` and `train_rows` is None. `problems` has a sentence for
+    each bad row that was skipped; a stream adds to it while it is read. `fingerprint` changes with anything that shapes
+    the rows, `files` describes their files in words.
     """
 
     train: torch.utils.data.Dataset
@@ -114,28 +112,10 @@ class Rows:
         )
 
 
-def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
-    """Writes the embedded corpus, in the main process, and returns the paths of its training and held-out file."""
-    folder = Path(data.corpus_folder or Path(run.output_dir) / "corpus")
-    if run.process_index > 0:
-        return corpus_files(folder)
-    return write_corpus(
-        folder,
-        data.corpus_documents,
-        retrieval_share=data.corpus_retrieval_share,
-        retrieval_characters=tuple(data.corpus_retrieval_characters),
-        copy_share=data.corpus_copy_share,
-        register_share=data.corpus_register_share,
-        refrain_share=data.corpus_refrain_share,
-        seed=data.corpus_seed,
-    )
-
-
 def make_rows(
     data: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    landmark_token_id: int | None,
     embedded: tuple[Path, Path] | None,
     seed: int,
     segments: Segments | None = None,
@@ -145,16 +125,16 @@ def make_rows(
     Args:
         data: what to read and how long rows are.
         tokenizer: must have an end-of-sequence token.
-        block_size, landmark_token_id: where landmarks go; `landmark_token_id=None` for a dense model.
+        block_size: positions of a block, its landmark included.
         embedded: training and held-out file of the embedded corpus, if that is the data.
         seed: of the held-out split, which is by document, of the mixture and of a stream's order.
-        segments: that a row is made of, in place of `context_length` positions; its rows are plain.
+        segments: what a row is made of, in place of `context_length` positions.
 
     Raises:
         UserError: the data cannot be read or fills no row, or no row can have `context_length` positions.
     """
     if segments is not None:
-        packing = Packing(segments.number * segments.positions, block_size, None, data.pack_documents)
+        packing = Packing(segments.number * segments.positions, block_size, data.pack_documents)
     elif data.context_length % block_size == block_size - 1:
         # The last token of a block always brings its landmark along.
         raise UserError(
@@ -162,7 +142,7 @@ def make_rows(
             f"give {data.context_length - 1} or {data.context_length + 1}"
         )
     else:
-        packing = Packing(data.context_length, block_size, landmark_token_id, data.pack_documents)
+        packing = Packing(data.context_length, block_size, data.pack_documents)
     if embedded:
         train, heldout = (find_subsets([str(file)], []) for file in embedded)
     else:

@@ -1,8 +1,8 @@
 """Reads the documents of a file: JSON lines, parquet or plain text, compressed or not; one reader a format.
 
 A reader yields `(text, problem)`, one of them None, for every row, so that a caller can stop at the first bad row or
-count them all. A `problem` names file and line. Compression is told by a file's first bytes, the format by its name,
-or where the name says nothing by its content.
+count them all. A `problem` names file and line. Compression is detected from a file's first bytes, the format from its
+suffix, or from its content where the suffix is unknown.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Rows from a corpus larger than the disk: read, tokenised and packed while the model trains, in bounded memory.
 
-Everything follows from the files' order and the seed, so that a run that goes on reads the same rows again: the
-Trainer skips the batches it has had. (The state that `datasets` can save would be quicker, but its shuffle buffer is no
-part of it.) Mixing is done in rows, which all hold the same number of tokens: a weight is a share of the tokens,
-however long a subset's documents are. A subset that runs out starts again, so that the shares stay what was asked for.
+The files' order and the seed decide everything, so a resumed run reads the same rows again, and the Trainer skips the
+batches that it has trained on. (The state that `datasets` can save would be quicker, but leaves out its shuffle
+buffer.) Subsets are mixed row by row. All rows hold the same number of tokens, so a weight is a share of the tokens,
+however long a subset's documents are. A subset that ends starts again, which keeps the shares.
 """
 
 import logging

@@ -11,8 +11,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from finetune.arguments import UserError
-from finetune.checkpoints.disk import is_disk_full
 from finetune.data.sources import Shard, Subset, fingerprint, read_shard
+from finetune.disk import is_disk_full
 
 # Texts are tokenised so many at a time, by all cores at once, or fewer where they are long: that bounds the memory.
 BATCH_TEXTS, BATCH_CHARACTERS = 1000, 1_000_000
@@ -24,15 +24,15 @@ _FEATURES = datasets.Features(
         "problem": datasets.Value("string"),
     }
 )
-# What changes a document's tokens when it changes; a cache that other code made is not read.
+# These files decide a document's tokens; a cache made by other versions of them is not read.
 _CODE = ("reading.py", "sources.py", "tokens.py")
 
 
 def tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """The ids of each text, int32 of shape (tokens,), end-of-sequence last.
 
-    Text that spells a special token ("</s>", "<landmark>") stays text. Between two documents nothing is held but the
-    ids of the present batch: a stream has a few dozen of these waiting for their turn.
+    Text that spells a special token ("</s>", "<landmark>") stays text. A suspended generator holds the ids of its
+    present batch and nothing else, since a stream suspends a few dozen of them.
     """
     batch, characters = [], 0
     for text in texts:

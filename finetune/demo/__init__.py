@@ -1,1 +1,1 @@
-"""The demo's training text and its tokenizer."""
+"""The demo's own data: documents written on this machine, and a tokenizer trained on them. No download."""

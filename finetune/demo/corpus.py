@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from any folder
+from finetune.demo.arguments import DemoArguments
 from finetune.demo.retrieval_documents import RetrievalWriter, holds_reserved_number
 
 # Folders of the standard library that are not its own prose, or that some distributions leave out.
@@ -156,6 +157,23 @@ def write_corpus(
         else:
             os.replace(partial, path)
     return paths
+
+
+def embedded_files(demo: DemoArguments, output_dir: str, main_process: bool) -> tuple[Path, Path]:
+    """The training and the held-out file of `--data embedded`. The main process writes them."""
+    folder = Path(demo.corpus_folder or Path(output_dir) / "corpus")
+    if not main_process:
+        return corpus_files(folder)
+    return write_corpus(
+        folder,
+        demo.corpus_documents,
+        retrieval_share=demo.corpus_retrieval_share,
+        retrieval_characters=tuple(demo.corpus_retrieval_characters),
+        copy_share=demo.corpus_copy_share,
+        register_share=demo.corpus_register_share,
+        refrain_share=demo.corpus_refrain_share,
+        seed=demo.corpus_seed,
+    )
 
 
 def _document(text: str, kind: str, source: str) -> dict:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 # Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
-# (`eval_passkey.task.is_benchmark_key` says the same; a test compares the two).
+# (`eval_passkey.names.is_benchmark_key` says the same; a test compares the two).
 BENCHMARK_KEY_DIVISOR, BENCHMARK_KEY_REMAINDER = 7, 3
 PROSE_SHARE = 0.2  # of the texts that a number is hidden in
 WORDING = Path(__file__).parent / "wording.json"
@@ -37,7 +37,7 @@ class RetrievalWriter:
         register_share: share of registers among the documents that are no copy; the others hide numbers.
         refrain_share: share of the hiding texts that say a few sentences over and over.
 
-    The built-in words and sentence shapes stand in `corpus_wording.json`. In a shape `{x}` is the name, `{k}` the
+    The built-in words and sentence shapes stand in `wording.json`. In a shape `{x}` is the name, `{k}` the
     number and `{t}` what kind of number it is; a statement cut off before its number is a question, too. The `invented`
     shapes are made of any words, because a number must be found however it was stated.
     """

@@ -1,4 +1,4 @@
-"""LoRA adapters with a trained landmark: loading them. Imports no peft until one is loaded."""
+"""LoRA adapters with a trained landmark: configuring and loading them. Imports no peft until then."""
 
 from __future__ import annotations
 
@@ -7,15 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from landmark_llama.adapters.folder import Adapter, is_adapter
+from landmark_llama.adapters.folder import EMBEDDING, Adapter, is_adapter
 from landmark_llama.tokenization import add_landmark_token
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
     from landmark_llama.adapters.peft_model import LandmarkPeftModel
+    from landmark_llama.configuration import LandmarkLlamaConfig
 
-__all__ = ["is_adapter", "load_adapter"]
+__all__ = ["is_adapter", "landmark_lora_config", "load_adapter"]
+
+
+def landmark_lora_config(config: LandmarkLlamaConfig, **settings: Any) -> LoraConfig:
+    """A peft configuration that trains the landmark's embedding row beside LoRA matrices, for `peft.get_peft_model`.
+
+    Args:
+        config: of the model, `model.config`.
+        settings: for `peft.LoraConfig`. By default LoRA goes on all linear layers (`target_modules="all-linear"`), and
+            the landmark's row is the only one that is trained; rows given in `trainable_token_indices` are trained too.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise ImportError("landmark_lora_config needs peft, which is not installed: pip install peft") from error
+    rows = settings.pop("trainable_token_indices", None) or []
+    rows = dict(rows) if isinstance(rows, dict) else {EMBEDDING: rows}
+    rows[EMBEDDING] = sorted({*rows.get(EMBEDDING, []), config.landmark_token_id})
+    return LoraConfig(
+        **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings}, trainable_token_indices=rows
+    )
 
 
 def load_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import nn
 
 from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, EMBEDDING, LANDMARK_ROW, TOKENIZER_RECORD, Adapter
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
+
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 class LandmarkPeftModel(PeftModelForCausalLM):
@@ -45,12 +49,23 @@ class LandmarkPeftModel(PeftModelForCausalLM):
         peft_model.load_adapter(adapter.folder, "default", is_trainable=is_trainable)
         return peft_model
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's, by the names that weights are saved under: peft finds by them what to save.
+
+        What wraps a layer, to recompute its activations or compiled, adds a part of its own to the layer's name.
+        """
+        for name, module in super().named_modules(*args, **kwargs):
+            yield _without_wrappers(name), module
+
     def save_pretrained(
         self, save_directory: str | PathLike[str], *, is_main_process: bool = True, **kwargs: Any
     ) -> None:
         """Saves what was trained, the landmark configuration and the tokenizer's fingerprint; not the tokenizer."""
         # by itself peft would save both embeddings whole, seeing that the vocabulary has grown
         kwargs["save_embedding_layers"] = False
+        weights = kwargs.get("state_dict") or self.state_dict()
+        if any(name != _without_wrappers(name) for name in weights):
+            kwargs["state_dict"] = {_without_wrappers(name): weight for name, weight in weights.items()}
         super().save_pretrained(str(save_directory), is_main_process=is_main_process, **kwargs)
         if is_main_process:
             config = copy.deepcopy(self.config)
@@ -79,6 +94,10 @@ class LandmarkPeftModel(PeftModelForCausalLM):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Writes none: a README in the folder is its owner's."""
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _refuse_untrained_row(model: LandmarkLlamaForCausalLM, adapter: Adapter) -> None:

@@ -42,8 +42,7 @@ def forward_kernel(
     """Output and logsumexp of one query tile of one head."""
     i_query, i_batch, i_head, i_row = _query_tile(size, M)
     p_k, p_v = at(p_k, i_batch, i_head // size.heads_per_kv), at(p_v, i_batch, i_head // size.heads_per_kv)
-    o_row = i_query + tl.arange(0, M)
-    o_query = o_row + size.key_length - size.query_length
+    o_row, o_query = _row_offsets(i_query, size, M)
     # (M, D)
     b_q = load_rows(at(p_q, i_batch, i_head), i_query, size.query_length, M, HEAD_DIM)
 
@@ -75,8 +74,7 @@ def query_gradient_kernel(
     """Gradient of one query tile of one head, and `delta`, dO . O of its rows, for `key_gradient_kernel`."""
     i_query, i_batch, i_head, i_row = _query_tile(size, M)
     p_k, p_v = at(p_k, i_batch, i_head // size.heads_per_kv), at(p_v, i_batch, i_head // size.heads_per_kv)
-    o_row = i_query + tl.arange(0, M)
-    o_query = o_row + size.key_length - size.query_length
+    o_row, o_query = _row_offsets(i_query, size, M)
     # (M, D)
     b_do = load_rows(at(p_do, i_batch, i_head), i_query, size.query_length, M, HEAD_DIM)
     # (M, D)
@@ -159,6 +157,13 @@ def _query_tile(size, M: tl.constexpr):
     i_query = (tiles - 1 - tl.program_id(0) % tiles) * M
     i_batch, i_head = tl.program_id(0) // tiles // size.heads, tl.program_id(0) // tiles % size.heads
     return i_query, i_batch, i_head, (i_batch * size.heads + i_head).to(tl.int64) * size.query_length
+
+
+@triton.jit
+def _row_offsets(i_query, size, M: tl.constexpr):
+    """(M,) each: the rows of a query tile, and their positions among the keys."""
+    o_row = i_query + tl.arange(0, M)
+    return o_row, o_row + size.key_length - size.query_length
 
 
 @triton.jit
@@ -246,7 +251,7 @@ def _key_gradient_tile(
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a query tile of one head gives to the gradients (D, N) of a tile of keys and values."""
-    o_row = i_query + tl.arange(0, M)
+    o_row, o_query = _row_offsets(i_query, size, M)
     # (M, D)
     b_q = load_rows(at(p_q, i_batch, i_head), i_query, size.query_length, M, HEAD_DIM)
     # (M, D)
@@ -257,8 +262,8 @@ def _key_gradient_tile(
     # (M,)
     b_delta = tl.load(p_delta + i_row + o_row, mask=o_row < size.query_length, other=0.0)
     b_p, b_ds = _score_gradients(
-        b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, i_tile, i_part,
-        o_row + size.key_length - size.query_length, size.key_length, scale_log2, BLOCK, HEAD_DIM, N, MASKED=MASKED,
+        b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, i_tile, i_part, o_query, size.key_length, scale_log2,
+        BLOCK, HEAD_DIM, N, MASKED=MASKED,
     )  # fmt: skip
     # (D, N)
     b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed
+from landmark_llama.attention.availability import triton_is_installed, unsupported
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
 
@@ -92,11 +92,10 @@ def landmark_attention(
         if (number or 0) < 0:
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed():
-        from landmark_llama.attention.fused import fused_landmark_attention, unsupported
+    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed() and not unsupported(query):
+        from landmark_llama.attention.fused import fused_landmark_attention
 
-        if not unsupported(query):
-            return fused_landmark_attention(query, key, value, block_size, scale)
+        return fused_landmark_attention(query, key, value, block_size, scale)
     return blockwise_landmark_attention(query, key, value, block_size, scale, num_retrieved_blocks, num_direct_blocks)
 
 

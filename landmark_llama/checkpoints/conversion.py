@@ -28,6 +28,8 @@ def convert_llama(
     from_pretrained: dict[str, Any],
 ) -> Model:
     """Implements `LandmarkLlamaForCausalLM.from_llama`; see there. `settings`: fields of `LandmarkLlamaConfig`."""
+    if "gguf_file" in from_pretrained:
+        source, from_pretrained = _load_gguf(source, from_pretrained), {}
     if isinstance(source, LlamaForCausalLM):
         base, path = _checked_llama(source.config, type(source).__name__), None
         from_pretrained = {"dtype": source.dtype, **from_pretrained, "state_dict": source.state_dict()}
@@ -44,6 +46,16 @@ def convert_llama(
         model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     _add_landmark_row(model, landmark_token_id)
     model.config.landmark_token_id = landmark_token_id
+    return model
+
+
+def _load_gguf(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> LlamaForCausalLM:
+    """The LLaMA in a GGUF file, its weights no longer quantised."""
+    config = AutoConfig.from_pretrained(path, gguf_file=from_pretrained["gguf_file"], **_hub_arguments(from_pretrained))
+    _checked_llama(config, f"{path}, {from_pretrained['gguf_file']}")
+    model = checked_load(LlamaForCausalLM.from_pretrained, path, config=config, **from_pretrained)
+    if hasattr(model.config, "quantization_config"):  # of the file
+        del model.config.quantization_config
     return model
 
 
@@ -147,6 +159,7 @@ class FromLlamaMixin:
             tokenizer: the checkpoint's tokenizer; save it beside the model.
             block_size, ...: fields of `LandmarkLlamaConfig`.
             from_pretrained: for `LlamaForCausalLM.from_pretrained`: `dtype`, `device_map`, `revision`, ...
+                With `gguf_file`, the name of a GGUF file in `source` (packages `gguf` and `accelerate`).
 
         Raises:
             ValueError: if the checkpoint is not a LLaMA, or its window cannot hold the settings.

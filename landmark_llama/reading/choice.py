@@ -22,7 +22,7 @@ from landmark_llama.attention.rotary import RotaryTable
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
 # scores whose exponentials, and the shares made of them, stay far from the largest and the smallest number of fp32
-LARGEST_SHARED_SCORE = 30.0
+LARGEST_SOFTMAX_SCORE = 30.0
 
 
 class Choice(NamedTuple):
@@ -95,7 +95,7 @@ def choose_blocks(
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     small = False
     if granularity != "token_and_head" and not landmarks_tie:
-        small = products_are_small(rotated[..., 0, :], landmarks, LARGEST_SHARED_SCORE)
+        small = products_are_small(rotated[..., 0, :], landmarks, LARGEST_SOFTMAX_SCORE)
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
@@ -123,7 +123,7 @@ def _choose(
     tie: bool,
     small: bool,
 ) -> Tensor:
-    """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SHARED_SCORE`, either way."""
+    """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SOFTMAX_SCORE`, either way."""
     k = rotated.shape[-2] - 1
     n = candidates[:, None, None, :, None, None]
     scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)

@@ -57,9 +57,8 @@ def score_recent_kernel(
     for distance in range(1, tl.minimum(n, K) + 1):
         b_first, b_second = rotate(b_query, p_rotary, (b_own + distance) * BLOCK, HEAD_DIM)
         # rounded as the older candidates' queries are, so that the scores of both compare
-        b_turned = b_first.to(dtype).to(tl.float32), b_second.to(dtype).to(tl.float32)
         # (M,)
-        b_score = _score_one(b_turned, p_landmarks, 0 if TIE else n - distance, HEAD_DIM)
+        b_score = _score_one((b_first.to(dtype), b_second.to(dtype)), p_landmarks, 0 if TIE else n - distance, HEAD_DIM)
         b_recent = tl.where(o_recent == distance - 1, b_score[:, None], b_recent)
     tl.store(p_recent + o_out[:, None] * triton.next_power_of_2(K) + o_recent, b_recent, mask=m_row[:, None])
 
@@ -96,7 +95,7 @@ def choose_kernel(
         b_far = load_halves(p_far + o_out * HEAD_DIM, m_row, HEAD_DIM)
         if TIE:
             # (M,)
-            b_score = _score_one(_to_float(b_far), p_landmarks, 0, HEAD_DIM)
+            b_score = _score_one(b_far, p_landmarks, 0, HEAD_DIM)
             b_list = _keep(b_list, _last_ranks(b_score[:, None], older, m_row[:, None], K))
         else:
             part = tl.cdiv(tl.cdiv(older, N), splits) * N
@@ -158,7 +157,7 @@ def normalise_kernel(
         b_far = load_halves(p_far + o_out * HEAD_DIM, m_row, HEAD_DIM)
         if TIE:
             # (M,)
-            b_tied = _score_one(_to_float(b_far), p_landmarks, 0, HEAD_DIM)
+            b_tied = _score_one(b_far, p_landmarks, 0, HEAD_DIM)
             b_new = tl.maximum(b_peak, b_tied)
             b_total = b_total * tl.exp2(b_peak - b_new) + older * tl.exp2(b_tied - b_new)
             b_peak = b_new
@@ -197,7 +196,7 @@ def choose_shared_kernel(
             # 2 (M, H)
             b_far = load_halves(p_far + o_row * HEAD_DIM, m_row, HEAD_DIM)
             # (M,)
-            b_score = _score_one(_to_float(b_far), p_landmarks, 0, HEAD_DIM)
+            b_score = _score_one(b_far, p_landmarks, 0, HEAD_DIM)
             b_tied = tl.maximum(b_tied, tl.max(b_score - b_norm, 0))
     b_worth = b_worth[None, :]
     b_list = _keep(_empty_list(1, K), _last_ranks(b_worth, n, b_worth > -float("inf"), K))
@@ -253,15 +252,8 @@ def _load_norms(p_norm, o_first, i_query, size, M: tl.constexpr):
 
 
 @triton.jit
-def _to_float(b_x):
-    """2 (M, H), in fp32."""
-    b_first, b_second = b_x
-    return b_first.to(tl.float32), b_second.to(tl.float32)
-
-
-@triton.jit
 def _score_one(b_query, p_landmarks, i_block, HEAD_DIM: tl.constexpr):
-    """(M,): scores of one block for queries 2 (M, H) in fp32."""
+    """(M,): scores of one block for queries 2 (M, H), computed in fp32."""
     HALF: tl.constexpr = HEAD_DIM // 2
     b_first, b_second = b_query
     o_half = tl.arange(0, padded(HALF))
@@ -270,7 +262,8 @@ def _score_one(b_query, p_landmarks, i_block, HEAD_DIM: tl.constexpr):
     b_key_first = tl.load(p_key, mask=o_half < HALF, other=0.0).to(tl.float32)
     # (H,)
     b_key_second = tl.load(p_key + HALF, mask=o_half < HALF, other=0.0).to(tl.float32)
-    return tl.sum(b_first * b_key_first[None, :], 1) + tl.sum(b_second * b_key_second[None, :], 1)
+    b_score = tl.sum(b_first.to(tl.float32) * b_key_first[None, :], 1)
+    return b_score + tl.sum(b_second.to(tl.float32) * b_key_second[None, :], 1)
 
 
 @triton.jit

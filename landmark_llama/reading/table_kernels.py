@@ -41,14 +41,15 @@ def unite_kernel(
 
 @triton.jit
 def attend_kernel(
-    p_query, p_key, p_value, p_choice, p_union, p_count, p_groups, p_rotary, p_output, size, columns, scale,
+    p_query, p_blocks, p_choice, p_lists, p_groups, p_rotary, p_output, size, columns, scale,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p_output (batch, columns, heads, head_dim): attention of the valid queries; nothing is written for others.
 
-    p_key, p_value: (batch, kv_heads, capacity, block_size, head_dim). SHARED: the queries of a group share a choice;
-    ONE_BLOCK: they lie in one block. Either way one rotation to a block serves all of them.
+    p_blocks: keys and values (batch, kv_heads, capacity, block_size, head_dim). p_lists: what `unite_kernel` wrote.
+    SHARED: the queries of a group share a choice. ONE_BLOCK: they lie in one block. Where both hold, one rotation to a
+    block serves all of them.
     """
     i_batch, i_sequence, i_group, i_tile = tile_of_program(size, HEADS)
     i_head = i_sequence % HEADS
@@ -68,41 +69,49 @@ def attend_kernel(
     if ONE_BLOCK:
         b_own = tl.zeros([1], tl.int32) + tl.max(b_own, 0)
     first_block = tl.load(p_first_block + i_batch * size.groups + i_group).to(tl.int32)
-    o_head = i_sequence // HEADS_PER_KV * size.capacity * (BLOCK * HEAD_DIM)
-    o_key, o_dim = tl.arange(0, padded(BLOCK)), tl.arange(0, padded(HEAD_DIM))
-    p_keys = p_key + o_head + o_key[None, :] * HEAD_DIM + tl.arange(0, padded(HEAD_DIM // 2))[:, None]  # (H, N)
-    p_values = p_value + o_head + o_key[:, None] * HEAD_DIM + o_dim[None, :]  # (N, D)
+    p_blocks = _first_block(p_blocks, i_sequence // HEADS_PER_KV, size, BLOCK, HEAD_DIM)
 
-    b_peak = tl.full([M], -float("inf"), tl.float32)
-    b_total = tl.zeros([M], tl.float32)
-    b_output = tl.zeros([M, padded(HEAD_DIM)], tl.float32)
+    D: tl.constexpr = padded(HEAD_DIM)
+    # (M,), (M,), (M, D): peak, total and output of the running softmax
+    b_softmax = tl.full([M], -float("inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
     if K > 0:
         o_choosing = tl.zeros([1], tl.int32) if SHARED else o_query
         m_choosing = o_choosing < size.queries
         # (M or 1, K_PAD)
         b_choice = _load_choice(p_choice, i_batch, i_head, i_group, o_choosing, m_choosing, HEADS_PER_KV, K)
         i_list = (i_sequence * size.groups + i_group) * size.tiles + i_tile
+        p_union, p_count = p_lists
         for i_entry in range(0, tl.load(p_count + i_list)):
             i_block = tl.load(p_union + i_list * (M * K) + i_entry)
             b_distance, m_chosen = _chosen_distance(b_choice, i_block, b_own, first_block, K)
             b_turned = rotate(b_query, p_rotary, b_distance * BLOCK, HEAD_DIM)
-            b_peak, b_total, b_output = _read_block(
-                b_peak, b_total, b_output, b_turned, p_keys, p_values, i_block, m_chosen, m_chosen & False, b_offset,
-                BLOCK, HEAD_DIM,
-            )  # fmt: skip
+            b_softmax = _read_block(
+                b_softmax, b_turned, p_blocks, i_block, m_chosen, m_chosen & False, b_offset, BLOCK, HEAD_DIM
+            )
     for i_direct in range(0, tl.max(b_own, 0) + 1):
         b_turned = rotate(b_query, p_rotary, tl.maximum(b_own - i_direct, 0) * BLOCK, HEAD_DIM)
         # padding may stand past the capacity; valid queries do not
         i_block = tl.minimum(first_block + i_direct, size.capacity - 1)
-        b_peak, b_total, b_output = _read_block(
-            b_peak, b_total, b_output, b_turned, p_keys, p_values, i_block, i_direct <= b_own, i_direct == b_own,
-            b_offset, BLOCK, HEAD_DIM,
-        )  # fmt: skip
+        b_softmax = _read_block(
+            b_softmax, b_turned, p_blocks, i_block, i_direct <= b_own, i_direct == b_own, b_offset, BLOCK, HEAD_DIM
+        )
 
+    _, b_total, b_output = b_softmax
     b_output = b_output / b_total[:, None]
+    o_dim = tl.arange(0, D)
     p_out = p_output + ((i_batch * columns + b_column) * HEADS + i_head)[:, None] * HEAD_DIM + o_dim[None, :]
     m_out = (m_row & m_valid)[:, None] & (o_dim < HEAD_DIM)[None, :]
     tl.store(p_out, b_output.to(p_output.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _first_block(p_blocks, i_kv_sequence, size, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Pointers to block 0 of KV head `i_kv_sequence` of (batch, kv_heads): keys' first halves (H, N), values (N, D)."""
+    p_key, p_value = p_blocks
+    o_head = i_kv_sequence * size.capacity * (BLOCK * HEAD_DIM)
+    o_key, o_half = tl.arange(0, padded(BLOCK)), tl.arange(0, padded(HEAD_DIM // 2))
+    p_keys = p_key + o_head + o_key[None, :] * HEAD_DIM + o_half[:, None]
+    return p_keys, p_value + o_head + o_key[:, None] * HEAD_DIM + tl.arange(0, padded(HEAD_DIM))[None, :]
 
 
 @triton.jit
@@ -112,9 +121,9 @@ def _load_choice(
     """(queries, K_PAD): the blocks that queries chose, LAST where there is no query and where padded."""
     stride_batch, stride_kv_head, stride_head, stride_group, stride_query = p_choice.stride
     o_choice = tl.arange(0, triton.next_power_of_2(K))
-    p_head = p_choice.p + i_batch * stride_batch + i_head // HEADS_PER_KV * stride_kv_head
-    p_group = p_head + i_head % HEADS_PER_KV * stride_head + i_group * stride_group
-    p_query = p_group + o_query[:, None] * stride_query + o_choice[None, :]
+    p_group = p_choice.p + i_batch * stride_batch + i_group * stride_group
+    p_head = p_group + i_head // HEADS_PER_KV * stride_kv_head + i_head % HEADS_PER_KV * stride_head
+    p_query = p_head + o_query[:, None] * stride_query + o_choice[None, :]
     # (queries, K_PAD)
     return tl.load(p_query, mask=m_query[:, None] & (o_choice < K)[None, :], other=LAST)
 
@@ -129,17 +138,18 @@ def _chosen_distance(b_choice, i_block, b_own, first_block, K: tl.constexpr):
 
 @triton.jit
 def _read_block(
-    b_peak, b_total, b_output, b_query, p_keys, p_values, i_block, m_seen, m_own, b_offset,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    b_softmax, b_query, p_blocks, i_block, m_seen, m_own, b_offset, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """The running softmax of each query (peak, total, output) after one more block.
+    """The running softmax of each query (peak (M,), total (M,), output (M, D)) after one more block.
 
-    b_query: 2 (M, H), rotated to the block. m_seen, m_own: (M or 1,): whether the query sees the block, and whether the
-    block is its own, of which it sees the tokens up to `b_offset` (M,).
+    b_query: 2 (M, H), rotated to the block. p_blocks: of `_first_block`. m_seen, m_own: (M or 1,): whether the query
+    sees the block, and whether the block is its own, of which it sees the tokens up to `b_offset` (M,).
     """
+    b_peak, b_total, b_output = b_softmax
+    p_keys, p_values = p_blocks
     dtype: tl.constexpr = p_keys.dtype.element_ty
-    N: tl.constexpr = padded(BLOCK)
-    o_key = tl.arange(0, N)
+    o_key = tl.arange(0, padded(BLOCK))
+    # (M, N)
     b_score = _block_scores(b_query, p_keys + i_block * (BLOCK * HEAD_DIM), BLOCK, HEAD_DIM)
     b_landmark = tl.sum(tl.where((o_key == BLOCK - 1)[None, :], b_score, 0.0), 1)
     m_earlier = (m_own == 0)[:, None] | (o_key[None, :] <= b_offset[:, None])
@@ -165,7 +175,7 @@ def _read_block(
 
 @triton.jit
 def _block_scores(b_query, p_keys, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """(M, N): scores of queries 2 (M, H) and the keys of one block, its landmark among them."""
+    """(M, N): scores of queries 2 (M, H) and all keys of one block, its landmark included."""
     HALF: tl.constexpr = HEAD_DIM // 2
     dtype: tl.constexpr = p_keys.dtype.element_ty
     b_first, b_second = b_query

@@ -139,10 +139,9 @@ def _attend_in_tiles(
     output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     attend_kernel[grid](
         query_pointer(query),
-        *blocks,
+        blocks,
         chosen,
-        union,
-        count,
+        (union, count),
         pointers,
         (rotary.cos, rotary.sin),
         output,

@@ -65,9 +65,11 @@ def load_halves(p_row, m_row, HEAD_DIM: tl.constexpr):
     HALF: tl.constexpr = HEAD_DIM // 2
     o_half = tl.arange(0, padded(HALF))
     m_half = m_row[:, None] & (o_half < HALF)[None, :]
-    p_first = p_row[:, None] + o_half[None, :]
-    # (M, H) each
-    return tl.load(p_first, mask=m_half, other=0.0), tl.load(p_first + HALF, mask=m_half, other=0.0)
+    # (M, H)
+    b_first = tl.load(p_row[:, None] + o_half[None, :], mask=m_half, other=0.0)
+    # (M, H)
+    b_second = tl.load(p_row[:, None] + HALF + o_half[None, :], mask=m_half, other=0.0)
+    return b_first, b_second
 
 
 @triton.jit

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from landmark_llama.configuration import LandmarkLlamaConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
 
 
 def check_inputs(
@@ -54,4 +60,20 @@ def check_streaming(
         raise ValueError(
             "output_hidden_states=True: only for calls without a cache that fit "
             f"train_context_length={config.train_context_length}"
+        )
+
+
+def warn_of_frozen_landmark(model: LlamaModel) -> None:
+    """Warns if `model` trains something, but not its landmark's embedding row, as with LoRA on linear layers alone."""
+    embedding, landmark = model.embed_tokens, model.config.landmark_token_id
+    frozen = not any(weight.requires_grad for weight in embedding.parameters())
+    adapter = getattr(embedding, "token_adapter", None)  # of peft: trains some rows alone
+    if adapter is not None:
+        frozen = all(landmark not in rows for rows in adapter.token_indices.values())
+    if frozen and any(weight.requires_grad for weight in model.parameters()):
+        warnings.warn(
+            f"the embedding row of the landmark token, {landmark}, is not trained, and a landmark that was never "
+            "trained finds nothing: for an adapter take landmark_llama.landmark_lora_config(model.config) as peft's "
+            "configuration; never mind if this model's landmark has been trained before",
+            stacklevel=2,
         )

@@ -21,6 +21,40 @@ from landmark_llama.tokenization import landmarked_length
 CALL_SCORES = 1 << 16
 
 
+def packed_positions(
+    shape: tuple[int, int], position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """Position ids, taken from the first of three ways to say where documents begin that is given; None if none is.
+
+    Args:
+        shape: (batch, columns) of the input.
+        position_ids: as `find_documents` takes them; returned as they are.
+        cu_seq_lens: (documents + 1,): where each document of the only row begins, then its number of columns.
+        seq_idx: (batch, columns): number of each column's document.
+
+    Raises:
+        ValueError: if `cu_seq_lens` or `seq_idx` do not fit the input.
+    """
+    if position_ids is not None or (cu_seq_lens is None and seq_idx is None):
+        return position_ids
+    batch, columns = shape
+    if cu_seq_lens is not None:
+        ends = cu_seq_lens.tolist() if cu_seq_lens.dim() == 1 else []
+        if batch != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != columns or sorted(ends) != ends:
+            raise ValueError(
+                f"cu_seq_lens_q: {cu_seq_lens.tolist()} for an input of shape {tuple(shape)}; expected the rising "
+                f"places, from 0 to {columns}, at which the documents of one flattened row begin and the last one ends"
+            )
+        column = torch.arange(columns, device=cu_seq_lens.device)
+        document = torch.searchsorted(cu_seq_lens, column.to(cu_seq_lens), right=True) - 1
+        return (column - cu_seq_lens[document]).unsqueeze(0)
+    if seq_idx.shape != torch.Size(shape):
+        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)}; expected that of the input, {tuple(shape)}")
+    column = torch.arange(columns, device=seq_idx.device).expand(batch, -1)
+    begins = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    return column - torch.where(begins, column, 0).cummax(1).values
+
+
 def find_documents(position_ids: Tensor, real: Tensor, before: Tensor, *, cached: bool) -> Tensor | None:
     """Where documents begin: boolean (batch, columns), or None if no row holds more than one.
 

@@ -1,0 +1,106 @@
+"""One prompt asked, and the accuracy of a loaded model: for the command, and for a trainer between two steps."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+import landmark_llama
+from eval_passkey.prompts import Prompt, Task, drawn_length
+from eval_passkey.tasks import make_task
+
+
+def accuracy(
+    model: PreTrainedModel, tokenizer, task: str | Task, lengths: Sequence[int], samples: int, seed: int = 0
+) -> dict[int, float]:
+    """Share of right answers by length, greedily generated, of a model that is loaded already.
+
+        accuracy(model, tokenizer, "passkey", lengths=[512, 4096], samples=10)     # {512: 1.0, 4096: 0.9}
+
+    task: a name as on the command line, or a task made before with the same tokenizer.
+    lengths: tokens; a landmark model's prompts are up to a block shorter, each by another number of tokens.
+    seed: of the first prompt of a length; the next has the next one.
+    The model is in evaluation mode meanwhile, without gradients, and then as it was. Where it is sharded over
+    processes, each of them has to call. InputError if a length is too short for the task.
+    """
+    task = make_task(task, tokenizer) if isinstance(task, str) else task
+    spread = block_tokens(model.config) or 1
+    right = {}
+    with _evaluating(model):
+        for length in lengths:
+            rows = [
+                ask(model, task, length, seed + i, prompt_tokens=drawn_length(length, seed + i, spread))
+                for i in range(samples)
+            ]
+            right[length] = sum(row["correct"] for row in rows) / samples
+    return right
+
+
+def ask(
+    model: PreTrainedModel,
+    task: Task,
+    length: int,
+    seed: int,
+    prompt_tokens: int | None = None,
+    depth: float | None = None,
+    period: int | None = None,
+) -> dict:
+    """Asks one prompt and returns its row of results.
+
+    length, prompt_tokens: the named length, and the exact one if it is another.
+    period: ordinary tokens of a block. The row's `phase` says how many the prompt leaves in its last block; None if
+        there are no blocks.
+    """
+    prompt = task.prompt(prompt_tokens or length, seed, depth)
+    start = time.perf_counter()
+    answer = generate_answer(model, task.encoder.tokenizer, prompt)
+    seconds = time.perf_counter() - start
+    verdict = task.judge(answer, prompt)
+    return {
+        "task": task.name,
+        "length": length,
+        "prompt_tokens": len(prompt.input_ids),
+        "phase": len(prompt.input_ids) % period if period else None,
+        "depth": round(prompt.depth, 6),
+        "seed": prompt.seed,
+        "key": prompt.key,
+        "prediction": verdict.prediction,
+        "correct": verdict.correct,
+        "recall": round(verdict.recall, 6),
+        "seconds": round(seconds, 4),
+    }
+
+
+@torch.no_grad()  # no inference mode: what a model keeps from here must still serve training
+def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
+    """What the model says after a prompt, greedily, whatever its generation configuration prefers."""
+    input_ids = torch.tensor([prompt.input_ids], device=model.device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=prompt.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+    )
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def block_tokens(config) -> int | None:
+    """Ordinary tokens in a block of a landmark model; None for others."""
+    return config.block_size - 1 if isinstance(config, landmark_llama.LandmarkLlamaConfig) else None
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

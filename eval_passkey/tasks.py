@@ -1,0 +1,84 @@
+"""The tasks by the names that users type: `passkey`, `passkey:once`, `multi_key:16`, `variable_tracking:2:text`, ...
+
+A name is a kind, and after colons what may be said about it: a wording of the pass key (paper, twice, once, or a
+template file), how many needles or hops there are, and `text` for a haystack of the user's own texts.
+"""
+
+from dataclasses import dataclass
+
+from eval_passkey.haystack import Filler, TextHaystack
+from eval_passkey.needles import NeedlesTask
+from eval_passkey.passkey import TEMPLATES, PasskeyTask, load_template
+from eval_passkey.prompts import Encoder, Haystack, InputError, Task
+from eval_passkey.records import KeyValueTask, LineRetrievalTask
+from eval_passkey.tracking import TrackingTask
+
+COUNTS = {"multi_key": 4, "multi_value": 4, "multi_query": 4, "variable_tracking": 4}  # RULER's own, the defaults
+RECORDS = {"key_value": KeyValueTask, "line_retrieval": LineRetrievalTask}
+KINDS = ("passkey", *COUNTS, *RECORDS)
+TEXT = "text"
+
+
+@dataclass(frozen=True)
+class TaskName:
+    """A name that was taken apart; `str()` of it is the name in the results, always the same for the same task."""
+
+    kind: str
+    wording: str = ""  # of the pass key; empty for the default
+    count: int = 0
+    text: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> "TaskName":
+        """Takes a name apart; InputError with the choices if it is none."""
+        kind, *options = name.split(":")
+        if kind not in KINDS:
+            raise InputError(f"--task {name}: there is no {kind!r}; choose from {', '.join(KINDS)}")
+        text = TEXT in options
+        options = [option for option in options if option != TEXT]
+        if len(options) > (kind not in RECORDS):
+            raise InputError(f"--task {name}: {':'.join(options)!r} says more than a task takes; see docs/pass_key.md")
+        if kind == "passkey":
+            wording = options[0] if options else ""
+            if wording and wording not in TEMPLATES and not wording.endswith(".json"):
+                raise InputError(
+                    f"--task {name}: wording {wording!r} is neither {', '.join(TEMPLATES)} nor a .json file"
+                )
+            return cls(kind, "" if wording == "paper" else wording, text=text)
+        if kind in RECORDS:
+            return cls(kind, text=text)
+        count = options[0] if options else str(COUNTS[kind])
+        if not count.isdecimal() or int(count) < 1:
+            raise InputError(f"--task {name}: {count!r} must be a whole number from 1, as in {kind}:{COUNTS[kind]}")
+        return cls(kind, count=int(count), text=text)
+
+    def __str__(self) -> str:
+        options = [self.wording, str(self.count or ""), TEXT if self.text else ""]
+        return ":".join([self.kind, *(option for option in options if option)])
+
+
+def make_task(
+    name: str | TaskName, tokenizer_or_encoder, haystack: TextHaystack | None = None, template: str | None = None
+) -> Task:
+    """The task of that name, with a tokenizer or an `Encoder`.
+
+    haystack: what tasks with `:text` read.
+    template: a file with the wording of the pass key where the name has none; default: the paper's.
+    InputError if the name, the template or the haystack cannot be used.
+    """
+    name = name if isinstance(name, TaskName) else TaskName.parse(name)
+    encoder = tokenizer_or_encoder
+    if not isinstance(encoder, Encoder):
+        encoder = Encoder(encoder)
+    if name.text and haystack is None:
+        raise InputError(f"--task {name}: needs a text, --haystack FILE")
+    text = haystack if name.text else None
+    if name.kind == "passkey":
+        path = TEMPLATES.get(name.wording, name.wording) if name.wording else template or TEMPLATES["paper"]
+        return PasskeyTask(str(name), encoder, load_template(path), text)
+    stack: Haystack = text or Filler(encoder, load_template().filler)  # which RULER's noise is, too
+    if name.kind in RECORDS:
+        return RECORDS[name.kind](str(name), encoder, stack)
+    if name.kind == "variable_tracking":
+        return TrackingTask(str(name), encoder, stack, hops=name.count)
+    return NeedlesTask(str(name), encoder, stack, kind=name.kind.removeprefix("multi_"), count=name.count)
