@@ -8,7 +8,7 @@ from test_finetune_run import base, data, flags  # noqa: F401
 from tiny import random_ids, tiny_model
 from torch import Tensor
 
-from finetune import kernels as finetune_kernels
+from finetune import kernel_check
 from finetune.arguments import UserError, parse_arguments
 from finetune.checkpoints.output import checkpoints
 from finetune.checkpoints.resume import run_settings
@@ -126,7 +126,7 @@ def test_a_run_with_wrong_kernels_ends_before_its_first_step(
             raise KernelsDifferError("layer 0: the kernels' output is off by 1")
         return 0
 
-    monkeypatch.setattr(finetune_kernels, "check_kernels", check)
+    monkeypatch.setattr(kernel_check, "check_kernels", check)
     with pytest.raises(UserError, match="wrongly on cpu: layer 0: .* is off by 1; --kernels false trains") as error:
         main(flags(base, data, tmp_path))
     assert "\n" not in str(error.value) and not checkpoints(tmp_path, complete=False)
