@@ -161,7 +161,7 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         direct = 0
         if config.train_retrieved_blocks is not None or any(x is not None for x in retrieval):
             direct = config.retrieval(*retrieval).num_direct_blocks
-        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct)
+        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, config.kernels)
         longest = config.train_context_length
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)
@@ -190,6 +190,7 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         return (
             cache is not None
             and cache.graphs is not None
+            and self.config.kernels
             and cache.graphs.can_record(cache.storages, weight.dtype, table)
         )
 

@@ -32,6 +32,16 @@ def _find_triton() -> bool:
     return installed
 
 
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the kernels can run on `device`, as far as that does not depend on what they compute."""
+    return device.type == "cuda" and triton_is_installed()
+
+
+def kernels_take_rows(query: Tensor) -> bool:
+    """Whether the training kernels run on queries like `query` (..., head_dim); where not, PyTorch does."""
+    return kernels_run_on(query.device) and not unsupported(query)
+
+
 def unsupported(query: Tensor) -> str | None:
     """Why no kernel takes `query` (..., head_dim), or None. Needs Triton."""
     if not query.is_cuda and not _interpreted():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed, unsupported
+from landmark_llama.attention.availability import kernels_take_rows
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
 from landmark_llama.attention.rotary import RotaryTable
 
@@ -19,11 +19,13 @@ class WholeRows:
     block_size: positions of a block, its landmark included.
     num_retrieved_blocks: if given, a query sees only so many of its earlier blocks, the best ones, beside the
         `num_direct_blocks` before its own (`train_retrieved_blocks` of the configuration).
+    kernels: False: PyTorch attends on a GPU, too.
     """
 
     block_size: int
     num_retrieved_blocks: int | None = None
     num_direct_blocks: int = 0
+    kernels: bool = True
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
@@ -53,6 +55,7 @@ class WholeRows:
             scale=scale,
             num_retrieved_blocks=self.num_retrieved_blocks,
             num_direct_blocks=self.num_direct_blocks,
+            kernels=self.kernels,
         )
 
 
@@ -65,6 +68,7 @@ def landmark_attention(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    kernels: bool = True,
 ) -> Tensor:
     """Causal landmark attention.
 
@@ -80,6 +84,7 @@ def landmark_attention(
         scale: factor of the scores; by default `head_dim ** -0.5`.
         num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
             scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
+        kernels: on a GPU, use the Triton kernels where they can run. False: PyTorch.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.
@@ -92,7 +97,7 @@ def landmark_attention(
         if (number or 0) < 0:
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed() and not unsupported(query):
+    if kernels and num_retrieved_blocks is None and kernels_take_rows(query):
         from landmark_llama.attention.fused import fused_landmark_attention
 
         return fused_landmark_attention(query, key, value, block_size, scale)

@@ -30,11 +30,13 @@ class Table:
     groups: the chunk's queries.
     storages: the cache's blocks, layer by layer; each layer adds the chunk's own.
     settings: how many blocks are retrieved, and who shares a choice.
+    kernels: False: PyTorch attends on a GPU, too.
     """
 
     groups: QueryGroups
     storages: Sequence[BlockStorage]
     settings: RetrievalSettings
+    kernels: bool = True
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Table:
         """The same view with its groups on `device` (the signature that accelerate's device hooks call)."""
@@ -62,6 +64,7 @@ class Table:
             rotary=rotary,
             scale=scale,
             landmarks_tie=layer_idx == 0,
+            kernels=self.kernels,
         ).flatten(2, 3)
 
     def fill_cache_only(self, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable) -> None:
@@ -82,6 +85,7 @@ def attend_through_table(
     rotary: RotaryTable,
     scale: float,
     landmarks_tie: bool,
+    kernels: bool = True,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
 
@@ -89,12 +93,13 @@ def attend_through_table(
         query: (batch, columns, kv_heads, group, head_dim), not rotated.
         rotary: holds every position that a window can ask for.
         landmarks_tie: as in `choose_blocks`.
+        kernels: use the GPU kernels where they can run. False: PyTorch.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels_take(storage, query.dtype, rotary)
+    kernels = kernels and kernels_take(storage, query.dtype, rotary)
     grouped = rotated = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
