@@ -6,11 +6,13 @@ Each query of a step reads one table of blocks, chosen ones first:
 
 A step is a chunk of one or two columns and could go through `reading/table.py`, as it does on a GPU. Here the same is
 written for a CPU, where the groups and tiles of longer chunks would take longer than the attention itself: small
-operations are all that a step costs. So what layers share, positions, angles and masks, is made once a step.
+operations are all that a step costs. So what layers share, positions, angles and masks, is made once a step, and what
+depends on the offset in a block alone is made once for a model.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,11 +35,8 @@ class DecodingStep:
     output: (batch, 1): the column whose states are the result's.
     start: (batch,): landmarked position of each row's token; `stop`: the largest after the step.
     valid: (batch, columns), boolean: False where a row has no landmark to add, and others have.
-    turn: rotates queries (batch, columns, heads, 1, head_dim) to their distance from each block that they may read:
-        for retrieved blocks the farthest first, one distance more than there are blocks; the own block, 0, last.
-    turn_key: rotates keys (batch, columns, kv_heads, head_dim) by their offset in their block, as distance 0 does.
+    place: what follows from the offsets of the columns in their blocks.
     direct: (batch, 1, 1, 1, direct blocks + 1): the blocks read directly, the own last; negative where none is.
-    hidden: (batch, 1, 1, columns, blocks or 1, block_size), boolean: positions of the table that are no token to read.
     candidates: what may be retrieved; None where nothing is.
     cache: what has been read; each layer adds the step's keys and values.
     settings: how many blocks are retrieved, and who shares a choice.
@@ -48,10 +47,8 @@ class DecodingStep:
     start: Tensor
     stop: int
     valid: Tensor
-    turn: Turn
-    turn_key: Turn
+    place: Places
     direct: Tensor
-    hidden: Tensor
     candidates: Candidates | None
     cache: LandmarkCache
     settings: RetrievalSettings
@@ -85,34 +82,22 @@ class DecodingStep:
         if position_ids is not None:
             find_documents(position_ids, torch.ones(content.shape, dtype=torch.bool), ordinary, cached=True)
         start = ordinary + ordinary // (block_size - 1)
-        block, offset = start // block_size, (start % block_size).unsqueeze(1)
+        block, offset = (start // block_size).unsqueeze(1), (start % block_size).unsqueeze(1)
         completes = offset == block_size - 2
         column = torch.arange(1 + int(completes.any()))
-        offset = offset + column
-
         num_direct = 0 if settings.local_attention == "chunked" else settings.num_direct_blocks
-        num_candidates, candidates = (block - num_direct).clamp_min(0), None
-        most = int(num_candidates.max()) if settings.num_retrieved_blocks else 0
-        if most:
-            candidates = Candidates.of(num_candidates, most, settings.num_retrieved_blocks)
-        num_blocks = num_direct + 1 + (settings.num_retrieved_blocks if most else 0)
-        distance = torch.arange(num_blocks if most else num_blocks - 1, -1, -1)
-        turn = Turn.of(rotary, offset, distance * block_size)
-
-        place = torch.arange(block_size)
-        hidden = (place == block_size - 1).expand(*offset.shape, num_blocks, -1).clone()  # landmarks are no tokens
-        hidden[:, :, -1] |= place > offset.unsqueeze(-1)
+        k, number = settings.num_retrieved_blocks, (block - num_direct).clamp_min(0)
+        most = int(number.max()) if k else 0
+        place = _places(rotary, block_size, num_direct + 1, k if most else 0).at(offset + column)
         return cls(
             source=column.expand(len(content), -1),
             output=completes.long() if config.predict_from_landmark else torch.zeros_like(completes, dtype=torch.long),
             start=start,
             stop=int(start.max()) + len(column),
             valid=(column == 0) | completes,
-            turn=turn,
-            turn_key=turn.last(),
-            direct=(block.unsqueeze(1) + torch.arange(-num_direct, 1))[:, None, None, None],
-            hidden=hidden[:, None, None],
-            candidates=candidates,
+            place=place,
+            direct=(block + torch.arange(-num_direct, 1)).view(len(block), 1, 1, 1, -1),
+            candidates=Candidates.of(number, most, k) if most else None,
             cache=cache,
             settings=settings,
         )
@@ -122,8 +107,8 @@ class DecodingStep:
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
         storage, dtype, kv_heads = self.cache.layers[layer_idx].storage, query.dtype, key.shape[2]
-        storage.write(self.turn_key(key).to(dtype), value, self.start, self.stop)
-        query = self.turn(query.unsqueeze(-2)) * scale  # (batch, columns, heads, distances, head_dim)
+        storage.write(self.place.turn_key(key).to(dtype), value, self.start, self.stop)
+        query = self.place.turn(query.unsqueeze(-2)) * scale  # (batch, columns, heads, distances, head_dim)
         query = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
         table = self.direct
         if self.candidates is not None:
@@ -172,38 +157,55 @@ class DecodingStep:
             scores: (batch, kv_heads, group, columns, blocks, block_size).
             none: (batch, kv_heads or 1, group or 1, columns or 1, blocks), boolean: True where there is no such block.
         """
-        tokens = scores.masked_fill(self.hidden, -torch.inf)
+        tokens = scores.masked_fill(self.place.hidden, -torch.inf)
         # a block's logit: its landmark's score, or for the own block the logsumexp of its tokens
         own = tokens[..., -1, :].logsumexp(-1, keepdim=True)
         logit = torch.cat([scores[..., :-1, -1], own], dim=-1).masked_fill(none, -torch.inf)
         return tokens.softmax(-1) * logit.softmax(-1).unsqueeze(-1)
 
 
-class Turn(NamedTuple):
-    """A rotation by angles that all layers share: `cos` and `sin`, (..., head_dim), the first half of `sin` negative."""
+class Places(NamedTuple):
+    """What follows from where queries stand in their blocks: angles and masks of columns at such offsets.
+
+    cos, sin: (batch, columns, 1, distances, head_dim): of the angles to each block that they may read, for retrieved
+        blocks the farthest first, one distance more than there are blocks; the own block, distance 0, last. The first
+        half of `sin` is negative.
+    hidden: (batch, 1, 1, columns, blocks, block_size), boolean: positions of the table that are no token to read.
+    """
 
     cos: Tensor
     sin: Tensor
+    hidden: Tensor
 
-    @classmethod
-    def of(cls, rotary: RotaryTable, offset: Tensor, distance: Tensor) -> Turn:
-        """Turns to `offset` (batch, columns) and from there by `distance` (distances,): (batch, columns, 1, distances, ..).
+    def at(self, offset: Tensor) -> Places:
+        """The rows `offset` (batch, columns) of tables over all offsets."""
+        cos, sin, hidden = (x[offset] for x in self)
+        return Places(cos.unsqueeze(2), sin.unsqueeze(2), hidden[:, None, None])
 
-        The sum of the two may lie outside the table: turning twice needs no such row.
-        """
-        half = rotary.cos.shape[-1]
-        unit = torch.cat([rotary.cos.new_ones(half), rotary.cos.new_zeros(half)])  # turned, it is (cos, sin)
-        turned = rotary.rotate(rotary.rotate(unit, offset).unsqueeze(-2), distance).unsqueeze(2)
-        cos, sin = turned.chunk(2, dim=-1)
-        return cls(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+    def turn(self, query: Tensor) -> Tensor:
+        """`query` (batch, columns, heads, 1, head_dim), rotated to all distances, in fp32 at least."""
+        return _turn(query, self.cos, self.sin)
 
-    def last(self) -> Turn:
-        """The turn by the last of the distances."""
-        return Turn(self.cos[..., -1, :], self.sin[..., -1, :])
+    def turn_key(self, key: Tensor) -> Tensor:
+        """`key` (batch, columns, kv_heads, head_dim), rotated by its offset."""
+        return _turn(key, self.cos[..., -1, :], self.sin[..., -1, :])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` (..., head_dim), rotated, in the angles' dtype at least."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1).to(self.cos.dtype), self.sin)
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(sin.dtype), sin)
+
+
+@functools.lru_cache(maxsize=8)
+def _places(rotary: RotaryTable, block_size: int, num_direct: int, k: int) -> Places:
+    """Tables over all offsets in a block, (block_size, ...). `num_direct`: blocks read directly, the own included."""
+    offset, distance = torch.arange(block_size), torch.arange(num_direct + k - (not k), -1, -1)
+    half = rotary.cos.shape[-1]
+    unit = torch.cat([rotary.cos.new_ones(half), rotary.cos.new_zeros(half)])  # rotated, it is (cos, sin)
+    # rotating twice: the sum of the positions may lie outside the rotary table
+    cos, sin = rotary.rotate(rotary.rotate(unit, offset).unsqueeze(1), distance * block_size).chunk(2, dim=-1)
+    hidden = (offset == block_size - 1).repeat(block_size, num_direct + k, 1)  # landmarks are no tokens
+    hidden[:, -1] |= offset > offset.unsqueeze(1)  # nor what comes later in the own block
+    return Places(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), hidden)
 
 
 class Candidates(NamedTuple):
@@ -227,15 +229,11 @@ class Candidates(NamedTuple):
 
     @classmethod
     def of(cls, number: Tensor, most: int, k: int) -> Candidates:
-        """For rows with `number` (batch,) candidates, and k of them retrieved."""
-        number = number.unsqueeze(1)
-        recent = number + torch.arange(-k, 0)
-        older = torch.arange(max(most - k, 1)).expand(len(number), -1)
-        blocks = (
-            torch.cat([older.masked_fill(older >= number - k, -1), recent], dim=1),
-            number + torch.arange(-2 * k, 0),
-        )
-        everything, tied = ((block, block < 0) for block in (x[:, None, None, None] for x in blocks))
-        first_recent = (number - k)[:, None, None, None]
-        row = torch.arange(len(number)).unsqueeze(1)
-        return cls(number, most, first_recent, row, recent.clamp_min(0), everything, tied)
+        """For rows with `number` (batch, 1) candidates, and k of them retrieved."""
+        batch, first = len(number), number - k
+        recent, older = first + torch.arange(k), torch.arange(max(most - k, 1)).expand(batch, -1)
+        everything = torch.cat([older.masked_fill(older >= first, -1), recent], dim=1)
+        blocks = (x.view(batch, 1, 1, 1, -1) for x in (everything, number + torch.arange(-2 * k, 0)))
+        everything, tied = ((block, block < 0) for block in blocks)
+        row = torch.arange(batch).unsqueeze(1)
+        return cls(number, most, first.view(batch, 1, 1, 1, 1), row, recent.clamp_min(0), everything, tied)
