@@ -11,6 +11,7 @@ Flags override the file. The output folder gets the model, its configuration, th
 `accelerate launch --quiet` leaves out accelerate's own traceback after an error.
 """
 
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+# bitsandbytes, which the Trainer imports where it is installed, would warn of a package that is no use here
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import datasets
 import torch
 import transformers
