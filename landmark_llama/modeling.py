@@ -132,7 +132,8 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
             warn_of_frozen_landmark(self)
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         if not (self.training or output_hidden_states or self._records_steps(cache)):
-            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval)
+            rotary = self._rotary_table(content.device)
+            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval, rotary)
             if step is not None:
                 last = self._decode(content, step, logits_to_keep)
                 return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
