@@ -25,8 +25,8 @@ class KernelCheck(TrainerCallback):
             layers = check_kernels(self.trainer.model, row.unsqueeze(0))
         except KernelsDifferError as error:
             raise UserError(
-                f"the attention kernels compute wrongly on {_device_name(args.device)}: {error}; --kernels false trains "
-                "with PyTorch in their place, more slowly"
+                f"the attention kernels compute wrongly on {_device_name(args.device)}: {error}; --kernels false "
+                "trains with PyTorch in their place, more slowly"
             ) from error
         if layers and state.is_world_process_zero:
             print(f"the attention kernels were compared with PyTorch in {layers} layers: they agree", flush=True)

@@ -58,8 +58,8 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         multiple of 64, say. They are never predicted.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
-    kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded model,
-        and is not saved: it concerns a machine, not a model.
+    kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded
+        model, and is not saved: it concerns a machine, not a model.
 
     Raises:
         ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.

@@ -48,9 +48,7 @@ def check_kernels(model: nn.Module, input_ids: Tensor) -> int:
         return 0
     found: list[list[str]] = []
     attentions = [module for module in model.modules() if isinstance(module, LandmarkLlamaAttention)]
-    handles = [
-        module.register_forward_pre_hook(partial(_compare_in, found), with_kwargs=True) for module in attentions
-    ]
+    handles = [module.register_forward_pre_hook(partial(_compare_in, found), with_kwargs=True) for module in attentions]
     training = model.training
     model.eval()
     try:
