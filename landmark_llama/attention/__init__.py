@@ -20,6 +20,8 @@ def landmark_attention(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> Tensor:
     """Causal landmark attention.
 
@@ -35,6 +37,9 @@ def landmark_attention(
         scale: factor of the scores; by default `head_dim ** -0.5`.
         num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
             scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
+        landmark_query: (batch, heads, query_length, head_dim): what scores landmarks in place of `query`.
+        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. On a GPU,
+            too, these two are computed by PyTorch.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.
@@ -43,16 +48,28 @@ def landmark_attention(
         ValueError: if shapes, dtypes or `block_size` do not fit, naming the argument.
     """
     _check(query, key, value, block_size)
+    _check_landmarks(query, key, landmark_query, landmark_bias, block_size)
     for name, number in (("num_retrieved_blocks", num_retrieved_blocks), ("num_direct_blocks", num_direct_blocks)):
         if (number or 0) < 0:
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed():
+    plain = num_retrieved_blocks is None and landmark_query is None and landmark_bias is None
+    if plain and query.is_cuda and triton_is_installed():
         from landmark_llama.attention.fused import fused_landmark_attention, unsupported
 
         if not unsupported(query):
             return fused_landmark_attention(query, key, value, block_size, scale)
-    return blockwise_landmark_attention(query, key, value, block_size, scale, num_retrieved_blocks, num_direct_blocks)
+    return blockwise_landmark_attention(
+        query,
+        key,
+        value,
+        block_size,
+        scale,
+        num_retrieved_blocks,
+        num_direct_blocks,
+        landmark_query,
+        landmark_bias,
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
@@ -78,3 +95,20 @@ def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
         raise ValueError(f"query has {query.shape[1]} heads: not a multiple of key's {key.shape[1]}")
     if query.shape[2] > key.shape[2]:
         raise ValueError(f"query has {query.shape[2]} positions, more than key's {key.shape[2]}")
+
+
+def _check_landmarks(
+    query: Tensor, key: Tensor, landmark_query: Tensor | None, landmark_bias: Tensor | None, block_size: int
+) -> None:
+    if landmark_query is not None and (landmark_query.shape, landmark_query.dtype) != (query.shape, query.dtype):
+        raise ValueError(
+            f"landmark_query: {landmark_query.dtype} of shape {tuple(landmark_query.shape)}; it needs the shape and "
+            f"dtype of query, {query.dtype} of {tuple(query.shape)}"
+        )
+    if landmark_bias is not None:
+        expected = (*key.shape[:2], key.shape[2] // block_size)
+        if landmark_bias.shape != expected or not landmark_bias.is_floating_point():
+            raise ValueError(
+                f"landmark_bias: {landmark_bias.dtype} of shape {tuple(landmark_bias.shape)}; expected real numbers of "
+                f"shape (batch, kv_heads, complete blocks), {expected}"
+            )

@@ -35,25 +35,45 @@ def blockwise_landmark_attention(
     scale: float,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> Tensor:
     """Causal landmark attention; arguments and result as in `landmark_attention`."""
     retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
-    output, _ = _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, retrieval)
+    output, _ = _BlockwiseLandmarkAttention.apply(
+        query, key, value, landmark_query, landmark_bias, block_size, scale, retrieval
+    )
     return output.to(query.dtype)
 
 
-def attend_sequence(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
+def attend_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    scale: float,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal landmark attention to which blocks from elsewhere can be added; arguments as in `landmark_attention`.
 
     Returns:
         The output (batch, heads, query_length, head_dim), and the logsumexp (batch, heads, query_length) of each
         query's own group. Both in the computing dtype, both differentiable.
     """
-    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, None)
+    return _BlockwiseLandmarkAttention.apply(query, key, value, landmark_query, landmark_bias, block_size, scale, None)
 
 
 def attend_window(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, first: Tensor, block_size: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    first: Tensor,
+    block_size: int,
+    scale: float,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Landmark attention of groups of queries over their windows of consecutive blocks.
 
@@ -63,6 +83,8 @@ def attend_window(
         position: (..., queries), integer, or what broadcasts to it: where in its window each query stands. It sees the
             ordinary tokens of its own block up to there and earlier blocks of the window through their landmarks.
         first: (..., queries): the first block of the window that each query sees.
+        landmark_query: (..., queries, head_dim): what scores landmarks in place of `query`.
+        landmark_bias: (..., blocks): added to the scores of the landmarks.
 
     Returns:
         The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group:
@@ -70,13 +92,22 @@ def attend_window(
     """
     query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
     scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
+    if landmark_query is not None:
+        landmark_query = _upcast(landmark_query) * scale
+    _score_landmarks_(scores, landmark_query, key[..., block_size - 1 :: block_size, :], landmark_bias)
     block = torch.arange(scores.shape[-2], device=scores.device)
     weights, _, lse = _normalise_(scores, position, block < first.unsqueeze(-1))
     return weights.flatten(-2) @ value, lse
 
 
 def attend_retrieved(
-    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chosen: Tensor,
+    window: tuple[Tensor, Tensor],
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> Tensor:
     """Adds retrieved blocks to the attention over a window.
 
@@ -85,6 +116,8 @@ def attend_retrieved(
         key, value: (..., blocks, block_size, head_dim): the retrieved blocks.
         chosen: (..., blocks, 1), boolean: False where a query has fewer blocks to retrieve than there is room for.
         window: what `attend_window` gave for the same queries: (..., queries, head_dim) and (..., queries).
+        landmark_query: the shape of `query`: what scores landmarks in its place.
+        landmark_bias: (..., blocks): added to the scores of the landmarks.
 
     Returns:
         (..., queries, head_dim): attention over the window and the retrieved blocks together.
@@ -92,6 +125,10 @@ def attend_retrieved(
     query, key, value = _upcast(query), _upcast(key), _upcast(value)
     window_output, window_lse = window
     scores = query @ key.transpose(-1, -2)  # (..., blocks, queries, block_size)
+    if landmark_query is not None:
+        scores[..., -1] = torch.linalg.vecdot(_upcast(landmark_query), key[..., -1:, :])
+    if landmark_bias is not None:
+        scores[..., -1] += landmark_bias.unsqueeze(-1)
     landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
     small = _are_small(scores)
     scores[..., -1] = -torch.inf
@@ -111,18 +148,19 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        landmark_query: Tensor | None,
+        landmark_bias: Tensor | None,
         block_size: int,
         scale: float,
         retrieval: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        tiles = _Tiles(query, key, value, block_size, scale)
+        tiles = _Tiles(query, key, value, landmark_query, landmark_bias, block_size, scale)
         output = torch.empty_like(tiles.query)
         lse = output.new_empty(output.shape[:-1])
         adjusts = []
-        small = products_are_small(tiles.query, tiles.key, SMALL_SCORE)
+        small = tiles.scores_are_small()
         for rows, blocks, position in tiles:
-            scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
-            scores = scores.unflatten(-1, (-1, block_size))
+            scores = tiles.scores(rows, blocks)
             unseen = None
             if retrieval is not None and scores.shape[-2] > sum(retrieval) + 1:
                 unseen = ~seen_blocks(scores[..., -1], position // block_size, *retrieval)
@@ -130,7 +168,7 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
             adjusts.append(adjust)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, output, *adjusts)
+            ctx.save_for_backward(query, key, value, landmark_query, landmark_bias, output, *adjusts)
             ctx.block_size, ctx.scale = block_size, scale
         ctx.set_materialize_grads(False)
         return tiles.unfold(output), tiles.unfold(lse.unsqueeze(-1)).squeeze(-1)
@@ -138,26 +176,44 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *adjusts = ctx.saved_tensors
-        tiles = _Tiles(query, key, value, ctx.block_size, ctx.scale)
+        query, key, value, landmark_query, landmark_bias, output, *adjusts = ctx.saved_tensors
+        block_size = ctx.block_size
+        tiles = _Tiles(query, key, value, landmark_query, landmark_bias, block_size, ctx.scale)
         grad = torch.zeros_like(output) if grad is None else tiles.fold(grad).contiguous()
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
+        grad_landmark_query = None if landmark_query is None else torch.zeros_like(tiles.query)
+        grad_bias = None if landmark_bias is None else torch.zeros_like(tiles.landmark_bias)
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
         if grad_lse is not None:
             mean -= tiles.fold(grad_lse.unsqueeze(-1))  # the own group's weights are the logsumexp's derivatives
         for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
             q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
-            scores = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
-            grad_weights = (g @ tiles.value[..., blocks, :].transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
+            scores = tiles.scores(rows, blocks)
+            grad_weights = (g @ tiles.value[..., blocks, :].transpose(-1, -2)).unflatten(-1, (-1, block_size))
             weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, mean[..., rows, :], position)
             grad_value[..., blocks, :] += weights.flatten(-2).transpose(-1, -2) @ g
+            grad_landmark = grad_scores[..., -1].clone()
+            if grad_bias is not None:
+                grad_bias[..., : grad_landmark.shape[-1]] += grad_landmark.sum(-2)
+            if grad_landmark_query is not None:
+                grad_scores[..., -1] = 0.0  # the query itself has no part in the landmarks' scores
+                grad_landmark_query[..., rows, :] = grad_landmark @ tiles.landmarks(blocks)
+                grad_key[..., blocks, :][..., block_size - 1 :: block_size, :] += (
+                    grad_landmark.transpose(-1, -2) @ tiles.landmark_query[..., rows, :]
+                )
             grad_scores = grad_scores.flatten(-2)
             grad_query[..., rows, :] = grad_scores @ k
             grad_key[..., blocks, :] += grad_scores.transpose(-1, -2) @ q
+        if grad_landmark_query is not None:
+            grad_landmark_query = tiles.unfold(grad_landmark_query.mul_(ctx.scale)).to(landmark_query.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias[..., : landmark_bias.shape[-1]].to(landmark_bias.dtype)
         return (
             tiles.unfold(grad_query.mul_(ctx.scale)).to(query.dtype),
             grad_key[..., : key.shape[-2], :].to(key.dtype),
             grad_value[..., : value.shape[-2], :].to(value.dtype),
+            grad_landmark_query,
+            grad_bias,
             None,
             None,
             None,
@@ -168,11 +224,20 @@ class _Tiles:
     """Query tiles of one attention call, with the key blocks that each can see.
 
     `query`, scaled: (batch, kv_heads, tiles of queries, head_dim), where the queries of the `group` query heads that
-    share a KV head stand one after the other inside each tile; `key`, `value`: (batch, kv_heads, whole blocks,
-    head_dim).
+    share a KV head stand one after the other inside each tile, and `landmark_query` likewise, or None; `key`, `value`:
+    (batch, kv_heads, whole blocks, head_dim); `landmark_bias`: (batch, kv_heads, blocks), or None.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        landmark_query: Tensor | None,
+        landmark_bias: Tensor | None,
+        block_size: int,
+        scale: float,
+    ) -> None:
         self.block_size = block_size
         self.group = query.shape[1] // key.shape[1]
         self.query_length, self.key_length = query.shape[-2], key.shape[-2]
@@ -183,9 +248,38 @@ class _Tiles:
             for x in (key, value)
         )
         self.query = (self.fold(query) * scale).contiguous()
+        self.landmark_query = self.landmark_bias = None
+        if landmark_query is not None:
+            self.landmark_query = (self.fold(landmark_query) * scale).contiguous()
+        if landmark_bias is not None:
+            # an incomplete last block has none
+            blocks = self.key.shape[-2] // block_size
+            bias = _upcast(landmark_bias)[..., :blocks]
+            self.landmark_bias = torch.nn.functional.pad(bias, (0, blocks - bias.shape[-1]))
+
+    def scores(self, rows: slice, blocks: slice) -> Tensor:
+        """Scores (batch, kv_heads, queries, blocks, block_size) of the queries `rows` and the positions `blocks`."""
+        scores = self.query[..., rows, :] @ self.key[..., blocks, :].transpose(-1, -2)
+        scores = scores.unflatten(-1, (-1, self.block_size))
+        query = None if self.landmark_query is None else self.landmark_query[..., rows, :]
+        bias = None if self.landmark_bias is None else self.landmark_bias[..., : scores.shape[-2]]
+        _score_landmarks_(scores, query, self.landmarks(blocks), bias)
+        return scores
+
+    def landmarks(self, blocks: slice) -> Tensor:
+        """Landmark keys (batch, kv_heads, blocks, head_dim) of the positions `blocks`."""
+        return self.key[..., blocks, :][..., self.block_size - 1 :: self.block_size, :]
+
+    def scores_are_small(self) -> bool:
+        """Whether the lengths of queries and keys alone say that no score exceeds `SMALL_SCORE`, either way."""
+        limit = SMALL_SCORE
+        if self.landmark_bias is not None and self.landmark_bias.numel():
+            limit -= float(self.landmark_bias.abs().amax())
+        queries = [self.query] if self.landmark_query is None else [self.query, self.landmark_query]
+        return all(products_are_small(query, self.key, limit) for query in queries)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last-but-one query of each tile; tiles end at block boundaries of the keys."""
+        """First query of each tile, and one past its last; tiles end at block boundaries of the keys."""
         tile = max(1, QUERY_TILE // self.block_size) * self.block_size
         offset = self.key_length - self.query_length
         ends = range(offset - offset % tile + tile, self.key_length + tile, tile)
@@ -214,6 +308,17 @@ class _Tiles:
             return x
         tiles = [x[..., first * self.group : stop * self.group, :] for first, stop in self.bounds()]
         return torch.cat([tile.unflatten(2, (self.group, -1)) for tile in tiles], dim=3).flatten(1, 2)
+
+
+def _score_landmarks_(scores: Tensor, query: Tensor | None, landmark: Tensor, bias: Tensor | None) -> None:
+    """Scores the landmarks of `scores` (..., queries, blocks, block_size) anew where anything but the query does so.
+
+    `query`: (..., queries, head_dim), scaled; `landmark`: (..., blocks, head_dim); `bias`: (..., blocks).
+    """
+    if query is not None:
+        scores[..., -1] = query @ landmark.transpose(-1, -2)
+    if bias is not None:
+        scores[..., -1] += bias.unsqueeze(-2)
 
 
 def _normalise_(
