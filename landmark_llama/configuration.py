@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 LocalAttention = Literal["sliding", "chunked"]
 RetrievalGranularity = Literal["token_and_head", "head", "token"]
+LandmarkKey = Literal["token", "pooled"]
 
 RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attention", "retrieval_granularity")
 
@@ -43,6 +44,9 @@ class LandmarkLlamaConfig(LlamaConfig):
         than so many of its earlier blocks, those whose landmarks it scores highest, beside its local ones (`"sliding"`
         only): what it will have while reading long texts. By default it sees them all. In training through a cache,
         how many blocks of earlier calls it retrieves, in place of `num_retrieved_blocks`.
+    landmark_key: what stands for a block where it is scored: the key of its landmark token (`"token"`, the paper's), or
+        one `"pooled"` of the block's own keys (`docs/landmark_keys.md`).
+    landmark_query_rank: rank of what each layer adds to its queries where they score landmarks; 0 for nothing.
     predict_from_landmark: whether the landmark of a block, rather than its last ordinary token, predicts what follows.
 
     Raises:
@@ -59,6 +63,8 @@ class LandmarkLlamaConfig(LlamaConfig):
     local_attention: str = "sliding"
     retrieval_granularity: str = "token_and_head"
     train_retrieved_blocks: int | None = None
+    landmark_key: str = "token"
+    landmark_query_rank: int = 0
     predict_from_landmark: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -113,6 +119,9 @@ class LandmarkLlamaConfig(LlamaConfig):
     def check(self) -> None:
         """Raises ValueError if the settings, which may have been changed since, do not fit each other."""
         self.retrieval()
+        _one_of("landmark_key", self.landmark_key, LandmarkKey)
+        if self.landmark_query_rank < 0:
+            raise ValueError(f"landmark_query_rank={self.landmark_query_rank}: must not be negative; 0 for none")
         if self.train_retrieved_blocks is None:
             return
         if self.train_retrieved_blocks < 1:

@@ -9,6 +9,7 @@ and out of the text in here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
 
-from landmark_llama.attention import landmark_attention
+from landmark_llama.attention.pooling import prior_of_heads
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.calibration import LandmarkCalibration
 from landmark_llama.checkpoints.conversion import checked_load, convert_llama
-from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity, RetrievalSettings
+from landmark_llama.configuration import (
+    LandmarkKey,
+    LandmarkLlamaConfig,
+    LocalAttention,
+    RetrievalGranularity,
+    RetrievalSettings,
+)
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.groups import QueryGroups, cut_into_chunks
 from landmark_llama.reading.segments import Segment
+from landmark_llama.reading.storage import Prior
 from landmark_llama.reading.table import attend_through_table, keep_freed_memory
 from landmark_llama.rows.checks import check_inputs, check_segment, check_streaming
-from landmark_llama.rows.documents import Documents, find_documents
+from landmark_llama.rows.documents import Documents, attend_rows, find_documents
 from landmark_llama.rows.layout import Layout, compact, find_landmarks, lay_out
 
 if TYPE_CHECKING:
@@ -39,6 +48,17 @@ if TYPE_CHECKING:
 
 class LandmarkLlamaAttention(LlamaAttention):
     """LLaMA's projections around landmark attention."""
+
+    def __init__(self, config: LandmarkLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.landmark_calibration: LandmarkCalibration | None = None
+        if config.landmark_query_rank:
+            self.calibrate(config.landmark_query_rank)
+
+    def calibrate(self, rank: int) -> None:
+        """Gives the layer a new calibration, which changes nothing until it is trained."""
+        sizes = self.config.hidden_size, rank, self.config.num_attention_heads * self.head_dim
+        self.landmark_calibration = LandmarkCalibration(*sizes).to(self.q_proj.weight.device, self.q_proj.weight.dtype)
 
     def forward(
         self,
@@ -64,34 +84,50 @@ class LandmarkLlamaAttention(LlamaAttention):
         """
         batch, columns = hidden_states.shape[:2]
         shape = (batch, columns, -1, self.head_dim)
+        pooled = self.config.landmark_key == "pooled"
         key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
-        query = None if remember_only else self.q_proj(hidden_states).view(shape)
+        query = None if remember_only and not pooled else self.q_proj(hidden_states).view(shape)
+        landmark_query = None
+        if self.landmark_calibration is not None and not remember_only:
+            landmark_query = query + self.landmark_calibration(hidden_states).view(shape)
         block_size, scale = self.config.block_size, self.scaling * rotary.scaling**2
+        landmarks_tie = self.layer_idx == 0 and not pooled
         if segment is not None:
-            output = segment.attend(query, key, value, layer_idx=self.layer_idx, rotary=rotary, scale=scale)
+            settings = {"layer_idx": self.layer_idx, "rotary": rotary, "scale": scale, "pooled": pooled}
+            output = segment.attend(query, key, value, landmark_query=landmark_query, **settings)
         elif past_key_values is None:
             if documents is None:
-                attend, position = landmark_attention, torch.arange(columns, device=query.device)
+                attend, position = attend_rows, torch.arange(columns, device=query.device)
             else:
                 attend, position = documents.attend, documents.position
             position = position.unsqueeze(-1)
+            if landmark_query is not None:
+                landmark_query = rotary.rotate(landmark_query, position).transpose(1, 2)
             output = attend(
                 rotary.rotate(query, position).transpose(1, 2),
                 rotary.rotate(key, position).transpose(1, 2),
                 value.transpose(1, 2),
+                landmark_query=landmark_query,
+                pooled=pooled,
                 block_size=block_size,
                 scale=scale,
                 num_retrieved_blocks=self.config.train_retrieved_blocks,
                 num_direct_blocks=settings.num_direct_blocks,
             ).transpose(1, 2)
         else:
-            position = groups.start.unsqueeze(1) + torch.arange(columns, device=key.device)
-            key = rotary.rotate(key, (position % block_size).unsqueeze(-1))
-            storage = past_key_values.layers[self.layer_idx].update(key, value, groups.start, groups.stop)
+            offset = ((groups.start.unsqueeze(1) + torch.arange(columns, device=key.device)) % block_size).unsqueeze(-1)
+            prior = None
+            if pooled:
+                own = prior_of_heads(query.transpose(1, 2), key.shape[2]).transpose(1, 2)
+                prior = Prior(rotary.rotate(own, offset), scale)
+            key = rotary.rotate(key, offset)
+            layer = past_key_values.layers[self.layer_idx]
+            storage = layer.update(key, value, groups.start, groups.stop, prior)
             if remember_only:
                 return None, None
+            grouped = (key.shape[2], -1)
             output = attend_through_table(
-                query.unflatten(2, (key.shape[2], -1)),
+                query.unflatten(2, grouped),
                 storage,
                 groups,
                 num_retrieved_blocks=settings.num_retrieved_blocks,
@@ -99,7 +135,8 @@ class LandmarkLlamaAttention(LlamaAttention):
                 block_size=block_size,
                 rotary=rotary,
                 scale=scale,
-                landmarks_tie=self.layer_idx == 0,
+                landmarks_tie=landmarks_tie,
+                landmark_query=None if landmark_query is None else landmark_query.unflatten(2, grouped),
             )
         return self.o_proj(output.reshape(batch, columns, -1)), None
 
@@ -138,6 +175,9 @@ class LandmarkLlamaModel(LlamaModel):
             self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(super()._init_weights, module)
 
     def forward(
         self,
@@ -313,6 +353,9 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         self.model = LandmarkLlamaModel(config)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(super()._init_weights, module)
+
     @classmethod
     def from_llama(
         cls,
@@ -326,6 +369,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
         local_attention: LocalAttention = "sliding",
         retrieval_granularity: RetrievalGranularity = "token_and_head",
         train_retrieved_blocks: int | None = None,
+        landmark_key: LandmarkKey = "token",
+        landmark_query_rank: int = 0,
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> LandmarkLlamaForCausalLM:
@@ -356,6 +401,8 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
                 "local_attention": local_attention,
                 "retrieval_granularity": retrieval_granularity,
                 "train_retrieved_blocks": train_retrieved_blocks,
+                "landmark_key": landmark_key,
+                "landmark_query_rank": landmark_query_rank,
                 "predict_from_landmark": predict_from_landmark,
             },
             from_pretrained,
@@ -543,6 +590,14 @@ class LandmarkLlamaForCausalLM(LlamaForCausalLM):
                 "blocks than generating them one by one; use 'sliding' and 'token_and_head'"
             )
         return super()._assisted_decoding(*args, **kwargs)
+
+
+def _init_weights(others: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """Initial weights of a new module; `others`: transformers' for all modules but the calibrations."""
+    if isinstance(module, LandmarkCalibration):
+        module.reset_parameters()
+    else:
+        others(module)
 
 
 def _take(states: Tensor, column: Tensor) -> Tensor:

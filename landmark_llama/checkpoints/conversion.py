@@ -36,15 +36,26 @@ def convert_llama(
     fields = base.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
-    # any id serves until the landmark has a row of its own
-    config = LandmarkLlamaConfig(**fields, **settings, landmark_token_id=0)
+    rank = settings.get("landmark_query_rank", 0)
+    # any id serves until the landmark has a row of its own; no checkpoint has the weights of a calibration
+    config = LandmarkLlamaConfig(**fields, **{**settings, "landmark_query_rank": 0}, landmark_token_id=0)
     landmark_token_id = add_landmark_token(tokenizer)
     model = model_class.from_pretrained(path, config=config, **from_pretrained)
     if isinstance(source, LlamaForCausalLM):
         model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     _add_row(model, landmark_token_id)
     model.config.landmark_token_id = landmark_token_id
+    if rank:
+        add_calibration(model, rank)
     return model
+
+
+def add_calibration(model: LlamaForCausalLM, rank: int) -> None:
+    """Gives each layer of a landmark LLaMA a new calibration of its landmarks' queries."""
+    model.config.landmark_query_rank = rank
+    model.config.check()
+    for layer in model.model.layers:
+        layer.self_attn.calibrate(rank)
 
 
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
 
 class LandmarkCacheLayer(CacheLayerMixin):
@@ -24,9 +24,16 @@ class LandmarkCacheLayer(CacheLayerMixin):
         super().__init__()
         self.storage = storage
 
-    def update(self, key_states: Tensor, value_states: Tensor, start: Tensor, stop: int | None = None) -> BlockStorage:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        start: Tensor,
+        stop: int | None = None,
+        prior: Prior | None = None,
+    ) -> BlockStorage:
         """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
-        self.storage.write(key_states, value_states, start, stop)
+        self.storage.write(key_states, value_states, start, stop, prior)
         self.is_initialized = True
         return self.storage
 

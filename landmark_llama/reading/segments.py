@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from landmark_llama.attention.blockwise import attend_sequence
+from landmark_llama.attention.pooling import pool_rows, prior_of_heads
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, rotate_to_distances
-from landmark_llama.reading.storage import BlockStorage
+from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.rows.layout import Layout
 
 TILE_PAIRS = 16  # queries that read a block together: enough for a matrix product, few enough to fill
@@ -52,12 +53,23 @@ class Segment(NamedTuple):
         return cls(cache, layout.start.to(device), candidates.to(device), most, stop, num_retrieved_blocks)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
+        pooled: bool = False,
     ) -> Tensor:
         """Attention of the segment's queries in one layer; its keys and values go to the cache.
 
         Args:
             query: (batch, columns, heads, head_dim), not rotated, as `key` and `value`, which have fewer heads.
+            landmark_query: the shape of `query`: what scores landmarks in its place.
+            pooled: whether landmark keys are pooled.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
@@ -69,27 +81,37 @@ class Segment(NamedTuple):
         with torch.autocast(query.device.type, enabled=False):
             # a layer that is recomputed for its gradients writes the same once more
             offset = (position % block_size).unsqueeze(-1)
+            prior = None
+            if pooled:
+                own = prior_of_heads(query.detach().transpose(1, 2), key.shape[2]).transpose(1, 2)
+                prior = Prior(rotary.rotate(own, offset), scale)
             storage = self.cache.layers[layer_idx].update(
-                rotary.rotate(key.detach(), offset), value.detach(), self.start, self.stop
+                rotary.rotate(key.detach(), offset), value.detach(), self.start, self.stop, prior
             )
+            turned, turned_key = (rotary.rotate(x, column).transpose(1, 2) for x in (query, key))
+            scoring = None if landmark_query is None else rotary.rotate(landmark_query, column).transpose(1, 2)
+            bias = None
+            if pooled:
+                turned_key, bias = pool_rows(turned_key, turned, block_size, scale)
             output, lse = attend_sequence(
-                rotary.rotate(query, column).transpose(1, 2),
-                rotary.rotate(key, column).transpose(1, 2),
-                value.transpose(1, 2),
-                block_size,
-                scale,
+                turned, turned_key, value.transpose(1, 2), block_size, scale, scoring, bias
             )
             if self.num_retrieved_blocks and self.most_candidates:
-                grouped = query.transpose(1, 2).unflatten(1, (key.shape[2], -1))
+                grouped, scoring = (
+                    None if x is None else x.transpose(1, 2).unflatten(1, (key.shape[2], -1))
+                    for x in (query, landmark_query)
+                )
                 window = output.view(grouped.shape), lse.view(grouped.shape[:-1])
                 settings = {"position": position, "rotary": rotary, "scale": scale}
-                output = self._add_retrieved(grouped, window, storage, landmarks_tie=layer_idx == 0, **settings)
+                tie = layer_idx == 0 and not pooled
+                output = self._add_retrieved(grouped, scoring, window, storage, landmarks_tie=tie, **settings)
                 output = output.flatten(1, 2)
         return output.transpose(1, 2).to(query.dtype)
 
     def _add_retrieved(
         self,
         query: Tensor,
+        landmark_query: Tensor | None,
         window: tuple[Tensor, Tensor],
         storage: BlockStorage,
         *,
@@ -105,7 +127,8 @@ class Segment(NamedTuple):
         block_size = self.cache.block_size
         with torch.no_grad():
             # all queries are one group of those that `choose_blocks` knows
-            grouped, group_position = (query * scale).unsqueeze(3), position.expand(len(query), 1, -1)
+            scoring = query if landmark_query is None else landmark_query
+            grouped, group_position = (scoring * scale).unsqueeze(3), position.expand(len(query), 1, -1)
             choice = choose_blocks(
                 rotate_to_distances(grouped, group_position, self.num_retrieved_blocks, block_size, rotary),
                 storage.landmarks(self.most_candidates),
@@ -113,24 +136,37 @@ class Segment(NamedTuple):
                 torch.ones_like(group_position, dtype=torch.bool),
                 granularity="token_and_head",
                 landmarks_tie=landmarks_tie,
+                biases=storage.biases(self.most_candidates),
             )
             block, distance = choice.block.squeeze(3), choice.distance().squeeze(3) * block_size
             earlier = torch.arange(self.most_candidates, device=query.device).expand(len(query), 1, -1)
 
-        def attend(query: Tensor, output: Tensor, lse: Tensor) -> Tensor:
-            # in full precision, as in reading
-            rotated = rotary.rotate(query.to(output.dtype) * scale, position).unsqueeze(-2)
-            return attend_chosen(rotary.rotate(rotated, distance), *storage.gather(earlier), block, (output, lse))
+        def attend(query: Tensor, landmark_query: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
+            def placed(x: Tensor) -> Tensor:  # in full precision, as in reading
+                return rotary.rotate(rotary.rotate(x.to(output.dtype) * scale, position).unsqueeze(-2), distance)
 
-        return _recomputed(attend, query, *window)
+            scoring = None if landmark_query is None else placed(landmark_query)
+            key, value = storage.gather(earlier)
+            bias = storage.gather_biases(earlier)
+            return attend_chosen(placed(query), key, value, block, (output, lse), scoring, bias)
+
+        return _recomputed(attend, query, landmark_query, *window)
 
 
-def _recomputed(function: Any, *tensors: Tensor) -> Tensor:
+def _recomputed(function: Any, *tensors: Tensor | None) -> Tensor:
     """`function(*tensors)`, which is called again in the backward in place of keeping what it made."""
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, window: tuple[Tensor, Tensor]) -> Tensor:
+def attend_chosen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: Tensor,
+    window: tuple[Tensor, Tensor],
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+) -> Tensor:
     """Adds retrieved blocks to the attention over a window; differentiable in all tensors of real numbers.
 
     Args:
@@ -139,6 +175,8 @@ def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, wind
         block: (batch, kv_heads, ..., k): the chosen blocks; negative where a query has fewer than k.
         window: attention output (batch, kv_heads, ..., head_dim) and logsumexp (batch, kv_heads, ...) of the same
             queries over what they read directly.
+        landmark_query: the shape of `query`: what scores landmarks in its place.
+        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks.
 
     Returns:
         (batch, kv_heads, ..., head_dim): attention over the window and the chosen blocks together, in the dtype of the
@@ -150,7 +188,13 @@ def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, wind
     # (tiles, block_size, TILE_PAIRS): a softmax over what is not the last dimension is the faster one
     scores = key.flatten(0, 2).index_select(0, tiles.block) @ tiles.gather(query).transpose(-1, -2)
     inside = scores[:, :-1].softmax(1)
-    landmark = tiles.scatter(scores[:, -1].flatten(), block.shape).masked_fill(block < 0, -torch.inf)
+    landmark_scores = scores[:, -1]  # (tiles, TILE_PAIRS)
+    if landmark_query is not None:
+        landmark_key = key[..., -1, :].flatten(0, 2).index_select(0, tiles.block).unsqueeze(1)
+        landmark_scores = torch.linalg.vecdot(tiles.gather(landmark_query.to(output.dtype)), landmark_key)
+    if landmark_bias is not None:
+        landmark_scores = landmark_scores + landmark_bias.to(output.dtype).flatten()[tiles.block].unsqueeze(-1)
+    landmark = tiles.scatter(landmark_scores.flatten(), block.shape).masked_fill(block < 0, -torch.inf)
     # the window is one more block: its logsumexp stands for a landmark, its output for what the block holds
     share = torch.cat([lse.unsqueeze(-1), landmark], dim=-1).softmax(-1)
     weights = inside * tiles.gather(share[..., 1:].unsqueeze(-1)).transpose(-1, -2)

@@ -32,6 +32,7 @@ def attend_through_table(
     rotary: RotaryTable,
     scale: float,
     landmarks_tie: bool,
+    landmark_query: Tensor | None = None,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
 
@@ -39,35 +40,50 @@ def attend_through_table(
         query: (batch, columns, kv_heads, group, head_dim), not rotated.
         rotary: holds every position that a window can ask for.
         landmarks_tie: as in `choose_blocks`.
+        landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
-    if kernels_take(storage, query.dtype, rotary):
+    plain = landmark_query is None and storage.biases(0) is None
+    if plain and kernels_take(storage, query.dtype, rotary):
         settings = {"block_size": block_size, "rotary": rotary, "scale": scale}
         return _attend_with_kernels(query, storage, groups, num_retrieved_blocks, granularity, landmarks_tie, settings)
     grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
-    output, lse = _attend_direct(grouped, storage, groups, block_size, rotary, scale)
+    scoring = None if landmark_query is None else groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
+    output, lse = _attend_direct(grouped, scoring, storage, groups, block_size, rotary, scale)
     if num_retrieved_blocks and groups.candidates:
-        rotated = rotate_to_distances(grouped * scale, groups.position, num_retrieved_blocks, block_size, rotary)
+        rotated, rotated_scoring = (
+            None
+            if x is None
+            else rotate_to_distances(x * scale, groups.position, num_retrieved_blocks, block_size, rotary)
+            for x in (grouped, scoring)
+        )
         choice = choose_blocks(
-            rotated,
+            rotated if scoring is None else rotated_scoring,
             storage.landmarks(groups.candidates),
             groups.first_block,
             groups.valid,
             granularity=granularity,
             landmarks_tie=landmarks_tie,
+            biases=storage.biases(groups.candidates),
         )
         # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
         choices = choice.block.shape[4]
         shape = (choices, grouped.shape[4] // choices)
         key, value = storage.gather(choice.block.clamp_min(0))
+        placed, placed_scoring = (
+            None if x is None else choice.at_their_distances(x).unflatten(4, shape).transpose(-3, -2)
+            for x in (rotated, rotated_scoring)
+        )
         output = attend_retrieved(
-            choice.at_their_distances(rotated).unflatten(4, shape).transpose(-3, -2),
+            placed,
             key,
             value,
             (choice.block >= 0).unsqueeze(-1),
             (output.unflatten(4, shape), lse.unflatten(4, shape)),
+            placed_scoring,
+            storage.gather_biases(choice.block.clamp_min(0)),
         ).flatten(4, 5)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
 
@@ -134,24 +150,38 @@ def _choose_for_all_heads(
 
 
 def _attend_direct(
-    query: Tensor, storage: BlockStorage, groups: QueryGroups, block_size: int, rotary: RotaryTable, scale: float
+    query: Tensor,
+    landmark_query: Tensor | None,
+    storage: BlockStorage,
+    groups: QueryGroups,
+    block_size: int,
+    rotary: RotaryTable,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the tiles' windows."""
+    """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the tiles' windows.
+
+    `landmark_query`: the shape of `query`, scores landmarks in its place.
+    """
     tiles = groups.base.shape[1]
     slot = torch.arange(groups.window, device=query.device)
     block = (groups.base.unsqueeze(-1) + slot).clamp_min(0).minimum(groups.last_block[:, None, None])
     key, value = storage.gather(block.unsqueeze(1))
     key = rotary.rotate(key, (slot * block_size).unsqueeze(-1)).flatten(-3, -2)
     position = groups.window_position.unflatten(1, (1, 1, -1))
-    tiled = query.flatten(3, 4).unflatten(
-        3, (tiles, -1)
-    )  # (batch, kv_heads, group, tiles, queries of a tile, head_dim)
-    # the query heads of a KV head stand one after the other in a tile's queries
-    rotated = rotary.rotate(tiled, position).transpose(2, 3).flatten(3, 4)
-    position, first = (
+
+    def in_tiles(x: Tensor) -> Tensor:
+        tiled = x.flatten(3, 4).unflatten(3, (tiles, -1))  # (batch, kv_heads, group, tiles, queries, head_dim)
+        # the query heads of a KV head stand one after the other in a tile's queries
+        return rotary.rotate(tiled, position).transpose(2, 3).flatten(3, 4)
+
+    rotated, scoring = in_tiles(query), None if landmark_query is None else in_tiles(landmark_query)
+    biases = storage.gather_biases(block.unsqueeze(1))
+    seen_from, first = (
         x.unsqueeze(1).repeat(1, 1, 1, query.shape[2]) for x in (groups.window_position, groups.window_first)
     )
-    output, lse = attend_window(rotated, key, value.flatten(-3, -2), position, first, block_size, scale)
+    output, lse = attend_window(
+        rotated, key, value.flatten(-3, -2), seen_from, first, block_size, scale, scoring, biases
+    )
     output = output.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     lse = lse.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     return output.reshape(query.shape), lse.reshape(query.shape[:-1])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from landmark_llama.attention import landmark_attention
+from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.tokenization import landmarked_length
 
 # what one more call of attention costs, in scores of a head that could be computed meanwhile
@@ -127,10 +128,16 @@ class Documents(NamedTuple):
         position = position.view(len(begins), columns)
         return cls(*(x.to(device) for x in (position, torch.cat(indices), slot)), tuple(shapes))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        """`landmark_attention` of each document by itself; arguments and result as there."""
-        batches = zip(*(self._unpack(x) for x in (query, key, value)), strict=True)
-        outputs = [landmark_attention(*batch, **settings) for batch in batches]
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, landmark_query: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        """`attend_rows` of each document by itself; arguments and result as there."""
+        scoring = query if landmark_query is None else landmark_query
+        batches = zip(*(self._unpack(x) for x in (query, key, value, scoring)), strict=True)
+        outputs = [
+            attend_rows(*batch, landmark_query=None if landmark_query is None else scoring, **settings)
+            for *batch, scoring in batches
+        ]
         packed = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outputs]).index_select(0, self.slot)
         return packed.unflatten(0, self.position.shape).transpose(1, 2)
 
@@ -139,6 +146,23 @@ class Documents(NamedTuple):
         slots = x.transpose(1, 2).flatten(0, 1).index_select(0, self.index)
         parts = slots.split([documents * positions for documents, positions in self.shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pooled: bool,
+    block_size: int,
+    scale: float,
+    **settings: Any,
+) -> Tensor:
+    """`landmark_attention` of whole rows, with pooled landmark keys if wanted; other arguments and result as there."""
+    bias = None
+    if pooled:
+        key, bias = pool_rows(key, query, block_size, scale)
+    return landmark_attention(query, key, value, block_size=block_size, scale=scale, landmark_bias=bias, **settings)
 
 
 def _batch_sizes(lengths: Sequence[int]) -> list[int]:
