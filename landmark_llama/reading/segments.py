@@ -93,9 +93,7 @@ class Segment(NamedTuple):
             bias = None
             if pooled:
                 turned_key, bias = pool_rows(turned_key, turned, block_size, scale)
-            output, lse = attend_sequence(
-                turned, turned_key, value.transpose(1, 2), block_size, scale, scoring, bias
-            )
+            output, lse = attend_sequence(turned, turned_key, value.transpose(1, 2), block_size, scale, scoring, bias)
             if self.num_retrieved_blocks and self.most_candidates:
                 grouped, scoring = (
                     None if x is None else x.transpose(1, 2).unflatten(1, (key.shape[2], -1))

@@ -102,7 +102,7 @@ class DeviceStorage:
         self.landmark[row, :, touched] = self.key[row, :, touched, -1]
 
     def _pool(self, row: Tensor, block: Tensor, start: Tensor, prior: Prior) -> None:
-        """Pools the landmark keys of `block` (batch, touched); those of incomplete ones are numbers that nobody reads."""
+        """Pools the landmark keys of `block` (batch, touched); of incomplete ones they are never read."""
         column = (block + 1) * self.block_size - 1 - start
         query = prior.query[row, column.clamp(0, prior.query.shape[1] - 1)]  # (batch, touched, kv_heads, head_dim)
         pooled, bias = pool_block(self.key[row, :, block, :-1], query, prior.scale)
@@ -129,7 +129,7 @@ class DeviceStorage:
         return None if self.bias is None else self.bias.flatten()[self._index(blocks)]
 
     def _index(self, blocks: Tensor) -> Tensor:
-        """Places of blocks (batch, kv_heads or 1, ...) among the `batch * kv_heads * capacity` of all rows and heads."""
+        """Places of blocks (batch, kv_heads or 1, ...) among those of all rows and heads, one after the other."""
         batch, kv_heads = self.key.shape[:2]
         owner = torch.arange(batch * kv_heads, device=blocks.device).view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
         # a window may reach past the last block of a short text; what it finds there is masked
