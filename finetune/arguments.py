@@ -128,6 +128,9 @@ class DataArguments:
     corpus_refrain_share: float = field(
         default=0.35, metadata={"help": "embedded: share of those texts that say a few sentences over and over"}
     )
+    corpus_decoy_share: float = field(
+        default=0.0, metadata={"help": "embedded: share of the texts whose sentences look like what states a number"}
+    )
     corpus_seed: int = field(default=0, metadata={"help": "embedded: seed of the documents"})
     vocabulary_size: int = field(default=1536, metadata={"help": "pieces of the `embedded` tokenizer"})
 

@@ -127,6 +127,7 @@ def embedded_files(data: DataArguments, run: RunArguments) -> tuple[Path, Path]:
         copy_share=data.corpus_copy_share,
         register_share=data.corpus_register_share,
         refrain_share=data.corpus_refrain_share,
+        decoy_share=data.corpus_decoy_share,
         seed=data.corpus_seed,
     )
 

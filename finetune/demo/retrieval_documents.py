@@ -36,6 +36,7 @@ class RetrievalWriter:
         prose: pieces of real text that serve as haystacks; they must hold no reserved number.
         register_share: share of registers among the documents that are no copy; the others hide numbers.
         refrain_share: share of the hiding texts that say a few sentences over and over.
+        decoy_share: share of the hiding texts in which other sentences have the words of the statement, and no number.
 
     The built-in words and sentence shapes stand in `corpus_wording.json`. In a shape `{x}` is the name, `{k}` the
     number and `{t}` what kind of number it is; a statement cut off before its number is a question, too. The `invented`
@@ -49,9 +50,10 @@ class RetrievalWriter:
         prose: list[str],
         register_share: float = 0.3,
         refrain_share: float = 0.35,
+        decoy_share: float = 0.0,
     ) -> None:
         self.rng, self.words, self.prose = rng, words, prose
-        self.register_share, self.refrain_share = register_share, refrain_share
+        self.register_share, self.refrain_share, self.decoy_share = register_share, refrain_share, decoy_share
         self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
 
     def document(self, characters: int, copy_share: float) -> str:
@@ -95,7 +97,9 @@ class RetrievalWriter:
         facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in self._names(count)]
         # Mostly all numbers are stated in the same words, so that the name alone tells them apart.
         statements = [self._statement()] * count if rng.random() < 0.8 else [self._statement() for _ in facts]
-        lines = self._haystack(max(characters - 90 * count, 0))
+        decoys = self.decoy_share > 0 and rng.random() < self.decoy_share
+        room = max(characters - 90 * count, 0)
+        lines = self._decoys(statements[0], room) if decoys else self._haystack(room)
         for fact, shape in zip(facts, statements, strict=True):
             lines.insert(rng.randint(0, len(lines)), self._state(shape, *fact))
         if rng.random() < 0.6:
@@ -108,6 +112,37 @@ class RetrievalWriter:
                 self._state(statements[i] if asks and rng.random() < 0.75 else self._pick("questions"), *facts[i])
             )
         return rng.choice((" ", " ", "\n")).join(lines)
+
+    def _decoys(self, statement: str, characters: int) -> list[str]:
+        """A haystack, of which a share has the words of `statement`, or only the last ones before its number.
+
+        What comes before a number must then be compared farther back than a word or two.
+        """
+        rng = self.rng
+        before = statement.split("{k}")[0].split()
+        # the words between the name and the number, those that are slots left out
+        link = " ".join(word for word in before[-rng.randint(1, 2) :] if "{" not in word) or "is"
+        shapes = [statement] if rng.random() < 0.3 else [f"The {{n}} {link} {{a}}.", f"{{P}}'s {{n}} {link} {{a}}."]
+        if rng.random() < 0.7:
+            shapes = [
+                *shapes[:1],
+                *(f"{rng.choice(('The', 'A', 'Every', 'No'))} {{n}} {link} {{a}}." for _ in range(2)),
+            ]
+
+        def decoy() -> str:
+            word = self._pick("adjectives") if rng.random() < 0.7 else self._word()
+            return self._state(rng.choice(shapes), self._names(1)[0], word, self._thing())
+
+        cycle = [decoy() if rng.random() < 0.8 else self._sentence() for _ in range(rng.randint(2, 6))]
+        if rng.random() < 0.5:  # over and over
+            lines = [cycle[i % len(cycle)] for i in range(-(-characters // max(sum(map(len, cycle)), 1)) * len(cycle))]
+        else:  # among others
+            lines = self._haystack(characters)
+            for _ in range(rng.randint(1, 8)):
+                lines.insert(rng.randint(0, len(lines)), decoy())
+        while len(lines) > 1 and sum(map(len, lines)) + len(lines) > characters:
+            lines.pop(rng.randrange(len(lines)))
+        return lines
 
     def _statement(self) -> str:
         """The shape of a sentence that states a number under a name, with `{x}`, `{k}` and perhaps `{t}` to fill."""
