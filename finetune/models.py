@@ -26,6 +26,8 @@ LANDMARK_SETTINGS = (
     "local_attention",
     "retrieval_granularity",
     "train_retrieved_blocks",
+    "landmark_key",
+    "landmark_query_rank",
     "predict_from_landmark",
 )
 TOKENIZER_DOCUMENTS = 8000  # as many documents of the embedded corpus are enough for its tokenizer

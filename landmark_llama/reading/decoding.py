@@ -19,6 +19,7 @@ from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks
+from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.rows.documents import find_documents
 
 
@@ -35,6 +36,7 @@ class DecodingStep:
     num_candidates: (batch, 1): blocks before those.
     cache: what has been read; each layer adds the step's keys and values.
     settings: how many blocks are retrieved, and who shares a choice.
+    pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     source: Tensor
@@ -48,6 +50,7 @@ class DecodingStep:
     stop: int
     cache: LandmarkCache
     settings: RetrievalSettings
+    pooled: bool
 
     @classmethod
     def of(
@@ -93,50 +96,95 @@ class DecodingStep:
             stop=int(start.max()) + len(column),
             cache=cache,
             settings=settings,
+            pooled=config.landmark_key == "pooled",
         )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
-        storage, block_size, k = self.cache.layers[layer_idx].storage, self.cache.block_size, 0
+        storage, k = self.cache.layers[layer_idx].storage, 0
         dtype, kv_heads = query.dtype, key.shape[2]
         query = query.to(torch.promote_types(dtype, torch.float32)) * scale
-        query, key = rotary.rotate_all(self.offset.unsqueeze(-1), query, key)
-        storage.write(key, value, self.start, self.stop)
+        offset, prior = self.offset.unsqueeze(-1), None
+        query, key = rotary.rotate_all(offset, query, key)
+        if self.pooled:
+            prior = Prior(query.unflatten(2, (kv_heads, -1)).mean(3), 1.0)
+        storage.write(key, value, self.start, self.stop, prior)
 
         # a query is rotated to its distance from each block: retrieved ones at first, the own one (distance 0) last
         if self.most_candidates:
             k = self.settings.num_retrieved_blocks
         direct = self.direct.shape[1]
-        distance = torch.arange(direct + k if k else direct - 1, -1, -1)
+        distance = torch.arange(direct + k if k else direct - 1, -1, -1) * self.cache.block_size
         query = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).unsqueeze(-2)
-        query = rotary.rotate(query, distance * block_size)  # (batch, kv_heads, group, columns, distances, head_dim)
-        key, direct_value = storage.gather(self.direct.clamp_min(0).unsqueeze(1))
+        query = rotary.rotate(query, distance)  # (batch, kv_heads, group, columns, distances, head_dim)
+        if landmark_query is not None:
+            scoring = rotary.rotate(landmark_query.to(query.dtype) * scale, offset)
+            scoring = scoring.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).unsqueeze(-2)
+            scoring = rotary.rotate(scoring, distance)
+        block = self.direct.clamp_min(0).unsqueeze(1)
+        key, direct_value = storage.gather(block)
         scores = _scores_of_shared(query[..., -direct:, :], key)
+        if landmark_query is not None:
+            scores[..., -1:] = _scores_of_shared(scoring[..., -direct:, :], key[..., -1:, :])
+        if self.pooled:
+            scores[..., -1] += storage.gather_biases(block)[:, :, None, None]
         seen = (self.direct >= 0)[:, None, None, None].expand(scores.shape[:-1])
         if not k:
             weights = self._weights(scores, seen)
             output = _read_shared(weights, direct_value)
         else:
-            choice = choose_blocks(
-                query[..., : k + 1, :].unsqueeze(3),
-                storage.landmarks(self.most_candidates),
-                self.num_candidates,
-                self.valid.unsqueeze(1),
-                granularity=self.settings.granularity,
-                landmarks_tie=layer_idx == 0,
-            )
-            at_chosen = choice.at_their_distances(query[..., : k + 1, :].unsqueeze(3)).squeeze(3)
-            block = choice.block.squeeze(3)  # (batch, kv_heads or 1, group or 1, columns or 1, k)
-            key, chosen_value = storage.gather(block.clamp_min(0))
-            chosen = (key.to(at_chosen.dtype) @ at_chosen.unsqueeze(-1)).squeeze(-1)
+            tie = layer_idx == 0 and not self.pooled
+            far, far_scoring = query[..., : k + 1, :], None if landmark_query is None else scoring[..., : k + 1, :]
+            block, chosen, chosen_value = self._chosen(far, far_scoring, storage, tie)
             seen = torch.cat([(block >= 0).expand(chosen.shape[:-1]), seen], dim=-1)
             weights = self._weights(torch.cat([chosen, scores], dim=-2), seen)
             output = _read_shared(weights[..., k:, :], direct_value)
             read = weights[..., :k, :].flatten(-2).unsqueeze(-2) @ chosen_value.to(weights.dtype).flatten(-3, -2)
             output = output + read.squeeze(-2)
         return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
+
+    def _chosen(
+        self, query: Tensor, scoring: Tensor | None, storage: BlockStorage, landmarks_tie: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks that a step retrieves.
+
+        Args:
+            query: (batch, kv_heads, group, columns, k + 1, head_dim), rotated to the blocks' possible distances.
+            scoring: likewise, what scores landmarks in its place.
+
+        Returns:
+            Their numbers (batch, kv_heads or 1, group or 1, columns or 1, k), negative where there are fewer than k;
+            the scores (batch, kv_heads, group, columns, k, block_size) of their positions, and their values.
+        """
+        choice = choose_blocks(
+            (query if scoring is None else scoring).unsqueeze(3),
+            storage.landmarks(self.most_candidates),
+            self.num_candidates,
+            self.valid.unsqueeze(1),
+            granularity=self.settings.granularity,
+            landmarks_tie=landmarks_tie,
+            biases=storage.biases(self.most_candidates) if self.pooled else None,
+        )
+        at_chosen = choice.at_their_distances(query.unsqueeze(3)).squeeze(3)
+        block = choice.block.squeeze(3)
+        key, value = storage.gather(block.clamp_min(0))
+        scores = (key.to(at_chosen.dtype) @ at_chosen.unsqueeze(-1)).squeeze(-1)
+        if scoring is not None:
+            scoring = choice.at_their_distances(scoring.unsqueeze(3)).squeeze(3)
+            scores[..., -1] = torch.linalg.vecdot(scoring, key[..., -1, :].to(scoring.dtype))
+        if self.pooled:
+            scores[..., -1] += storage.gather_biases(block.clamp_min(0))
+        return block, scores, value
 
     def _weights(self, scores: Tensor, seen: Tensor) -> Tensor:
         """Weights of the positions of a table of blocks, the own one last; 0 for landmarks.
