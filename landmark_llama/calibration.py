@@ -10,6 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from landmark_llama.configuration import LandmarkLlamaConfig
 
+CALIBRATION = "landmark_calibration"  # of an attention layer
+
 
 class LandmarkCalibration(nn.Module):
     """What is added to a query where it scores landmarks: `up(down(hidden_states))`, of low rank.
@@ -28,13 +30,17 @@ class LandmarkCalibration(nn.Module):
         self.up = nn.Parameter(torch.empty(query_size, rank))
         self.reset_parameters()
 
+    @classmethod
+    def of(cls, config: LandmarkLlamaConfig) -> LandmarkCalibration:
+        return cls(config.hidden_size, config.landmark_query_rank, config.num_attention_heads * config.head_dim)
+
     def reset_parameters(self) -> None:
         init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         init.zeros_(self.up)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) to (..., query_size)."""
-        return nn.functional.linear(nn.functional.linear(hidden_states, self.down), self.up)
+        """(..., hidden_size) to (..., query_size), in the dtype of the weights, which peft keeps in fp32."""
+        return nn.functional.linear(nn.functional.linear(hidden_states.to(self.down.dtype), self.down), self.up)
 
 
 class CalibratedAttention(LlamaAttention):
@@ -44,17 +50,22 @@ class CalibratedAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         self.landmark_calibration: LandmarkCalibration | None = None
         if config.landmark_query_rank:
-            self.calibrate(config.landmark_query_rank)
-
-    def calibrate(self, rank: int) -> None:
-        """Gives the layer a new calibration, which changes nothing until it is trained."""
-        sizes = self.config.hidden_size, rank, self.config.num_attention_heads * self.head_dim
-        self.landmark_calibration = LandmarkCalibration(*sizes).to(self.q_proj.weight.device, self.q_proj.weight.dtype)
+            self.landmark_calibration = LandmarkCalibration.of(config)
 
 
 def add_calibration(model: LlamaForCausalLM, rank: int) -> None:
-    """Gives each layer of a landmark LLaMA a new calibration, as `landmark_query_rank=rank` does in a new model."""
-    model.config.landmark_query_rank = rank
-    model.config.check()
+    """Gives each layer of a loaded landmark LLaMA a new calibration, which changes nothing until it is trained.
+
+    Raises:
+        ValueError: `rank` is negative, or the model has a calibration already, of another rank.
+    """
+    config = model.config
+    if config.landmark_query_rank == rank:
+        return
+    if config.landmark_query_rank:
+        raise ValueError(f"landmark_query_rank={rank}: the model's own is {config.landmark_query_rank}, which stays")
+    config.landmark_query_rank = rank
+    config.check()
     for layer in model.model.layers:
-        layer.self_attn.calibrate(rank)
+        # in the place and dtype of a weight that is never quantised
+        layer.self_attn.landmark_calibration = LandmarkCalibration.of(config).to(layer.input_layernorm.weight)

@@ -66,7 +66,7 @@ class LandmarkLlamaAttention(CalibratedAttention):
             view.fill_cache_only(query, key, value, **settings)
             return None, None
         if self.landmark_calibration is not None:
-            settings["landmark_query"] = query + self.landmark_calibration(hidden_states).view(shape)
+            settings["landmark_query"] = (query + self.landmark_calibration(hidden_states).view(shape)).to(query.dtype)
         output = view.attend(query, key, value, **settings)
         return self.o_proj(output.flatten(2)), None
 

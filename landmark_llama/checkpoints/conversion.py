@@ -48,8 +48,7 @@ def convert_llama(
         model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     _add_landmark_row(model, landmark_token_id)
     model.config.landmark_token_id = landmark_token_id
-    if rank:
-        add_calibration(model, rank)
+    add_calibration(model, rank)
     return model
 
 
