@@ -75,6 +75,8 @@ class DecodingStep:
         step = cache is not None and content.dim() == 2 and content.shape[1] == 1 and content.device.type == "cpu"
         if not step or attention_mask is not None and not attention_mask[:, -1].all():
             return None
+        if config.landmark_key != "token" or config.landmark_query_rank:
+            return None  # these steps are chunks
         if (content == config.landmark_token_id).any():
             return None
         settings, block_size = config.retrieval(*retrieval), config.block_size
