@@ -70,6 +70,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "rows of no token behind the embeddings, up to a multiple of this: 64 suits GPUs"},
     )
+    kernels: bool = field(
+        default=True, metadata={"help": "false: PyTorch computes attention on a GPU, too, not the Triton kernels"}
+    )
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
 
     def block_size_of(self, config: PretrainedConfig) -> tuple[int, int | None]:

@@ -93,6 +93,8 @@ def load_model(
         model = _load_landmark(model_args, config, settings, weights)
     else:
         model = _load_llama(model_args, config, tokenizer, settings, weights)
+    if model_args.attention == "landmark":
+        model.config.kernels = model_args.kernels
     if model_args.pad_vocabulary_to_multiple_of:
         pad_vocabulary(model, model_args.pad_vocabulary_to_multiple_of)
     return model

@@ -62,6 +62,8 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     landmark_query_rank: rank of what each layer adds to its queries where they score landmarks; 0 for nothing.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
+    kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded
+        model, and is not saved: it concerns a machine, not a model.
 
     Raises:
         ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.
@@ -84,6 +86,7 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     landmark_query_rank: int = 0
     predict_from_landmark: bool = False
     num_padded_tokens: int = 0
+    kernels: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.train_context_length is None:
@@ -91,6 +94,12 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         super().__post_init__(**kwargs)
         self._check_tokens()
         self.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: all fields but `kernels`."""
+        fields = super().to_dict()
+        fields.pop("kernels", None)
+        return fields
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As transformers', with what lets the Auto classes load the folder where the package was not imported."""

@@ -138,7 +138,8 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
             warn_of_frozen_landmark(self)
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         if not (self.training or output_hidden_states or self._records_steps(cache)):
-            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval)
+            rotary = self._rotary_table(content.device)
+            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval, rotary)
             if step is not None:
                 last = self._decode(content, step, logits_to_keep)
                 return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
@@ -160,15 +161,14 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
 
     def _view_of_all(self, rows: Rows, cache: LandmarkCache | None, retrieval: tuple) -> View | None:
         """The view of a call that goes through the layers as a whole; None for one that is streamed."""
-        config, layout = self.config, rows.layout
-        pooled = config.landmark_key == "pooled"
+        config, layout, pooled = self.config, rows.layout, self.config.landmark_key == "pooled"
         if self.training and cache is not None:
             settings = check_segment(config, layout, *retrieval)
             return Segment.of(layout, cache, settings.num_retrieved_blocks, pooled)
         direct = 0
         if config.train_retrieved_blocks is not None or any(x is not None for x in retrieval):
             direct = config.retrieval(*retrieval).num_direct_blocks
-        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, pooled)
+        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, config.kernels, pooled)
         longest = config.train_context_length
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)
@@ -192,7 +192,7 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
 
     def _records_steps(self, cache: LandmarkCache | None) -> bool:
         """Whether decoding steps are recorded as CUDA graphs: as chunks of a stream."""
-        if cache is None or cache.graphs is None:
+        if cache is None or cache.graphs is None or not self.config.kernels:
             return False
         weight = self.embed_tokens.weight
         return cache.graphs.can_record(cache.storages, weight.dtype, self._rotary_table(weight.device))

@@ -150,3 +150,16 @@ def test_storage_of_another_kind_is_used_where_it_is_given() -> None:
     cache = LandmarkCache(model.config, storage=Observed)
     model(random_ids(1, 50), past_key_values=cache)
     assert made == [4, 4] and all(isinstance(layer.storage, Observed) for layer in cache.layers)
+
+
+def test_ordinary_tokens_are_counted_row_by_row_whatever_happens_to_the_rows() -> None:
+    model, cache = tiny_model(), LandmarkCache(tiny_config())
+    model(**ragged([random_ids(20), random_ids(9), random_ids(13)]), past_key_values=cache)
+    for _ in range(3):
+        model(random_ids(3, 1), past_key_values=cache)
+    assert cache.ordinary_tokens(3).tolist() == [23, 12, 16]
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.crop(-2)
+    assert cache.ordinary_tokens(3).tolist() == [14, 21, 21]
+    cache.reset()
+    assert cache.ordinary_tokens(2).tolist() == [0, 0]

@@ -216,6 +216,21 @@ def test_rounding_noise_chooses_no_block_in_the_first_layer(
 
 
 @every_mode
+def test_rounding_noise_changes_no_decoding_step_of_one_layer(local_attention: str, granularity: str) -> None:
+    # the landmarks that are compared are noisy, those that are read are not: the same blocks give the same logits
+    model = tiny_model(num_hidden_layers=1, num_local_blocks=0, **settings_of(local_attention, granularity))
+    ids, logits = random_ids(2, 80), []
+    for noise in (0.0, 1e-6):
+        cache = LandmarkCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :70], past_key_values=cache)
+            cache.storages[0].landmark *= 1 + noise * torch.randn(cache.storages[0].landmark.shape)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(70, 80)]
+        logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(*logits)
+
+
+@every_mode
 @pytest.mark.parametrize("predict_from_landmark", [False, True])
 def test_a_left_padded_batch_gives_each_row_what_it_gets_alone(
     local_attention: str, granularity: str, predict_from_landmark: bool

@@ -75,7 +75,7 @@ def random_ids(*shape: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Tens
 
 def in_float64(model: LandmarkLlamaForCausalLM) -> LandmarkLlamaForCausalLM:
     """A copy, with default RoPE, that computes everything in float64, also the norms and the RoPE table."""
-    copy = type(model)(model.config).eval()
+    copy = type(model)(model.config).eval().double()
     copy.load_state_dict(model.state_dict())
     for name, module in list(copy.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed, unsupported
+from landmark_llama.attention.availability import kernels_take_rows
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
 from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.attention.rotary import RotaryTable
@@ -20,12 +20,14 @@ class WholeRows:
     block_size: positions of a block, its landmark included.
     num_retrieved_blocks: if given, a query sees only so many of its earlier blocks, the best ones, beside the
         `num_direct_blocks` before its own (`train_retrieved_blocks` of the configuration).
+    kernels: False: PyTorch attends on a GPU, too.
     pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     block_size: int
     num_retrieved_blocks: int | None = None
     num_direct_blocks: int = 0
+    kernels: bool = True
     pooled: bool = False
 
     def attend(
@@ -74,6 +76,7 @@ class WholeRows:
             num_direct_blocks=self.num_direct_blocks,
             landmark_query=landmark_query,
             landmark_bias=bias,
+            kernels=self.kernels,
         )
 
 
@@ -88,6 +91,7 @@ def landmark_attention(
     num_direct_blocks: int = 0,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    kernels: bool = True,
 ) -> Tensor:
     """Causal landmark attention.
 
@@ -106,6 +110,7 @@ def landmark_attention(
         landmark_query: (batch, heads, query_length, head_dim): what scores landmarks in place of `query`.
         landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. On a GPU,
             too, these two are computed by PyTorch.
+        kernels: on a GPU, use the Triton kernels where they can run. False: PyTorch.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.
@@ -121,7 +126,7 @@ def landmark_attention(
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     landmarks = landmark_query, landmark_bias
-    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed() and not unsupported(query, *landmarks):
+    if kernels and query.is_cuda and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
         from landmark_llama.attention.fused import fused_landmark_attention
 
         return fused_landmark_attention(query, key, value, block_size, scale)

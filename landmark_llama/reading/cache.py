@@ -88,6 +88,7 @@ class LandmarkCache(Cache):
         self.graphs = DecodingGraphs() if cuda_graphs and kernels_read_it else None
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
+        self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
 
     @property
     def storages(self) -> list[BlockStorage]:
@@ -102,7 +103,7 @@ class LandmarkCache(Cache):
             raise ValueError(
                 f"the cache holds {len(self._real)} rows, input_ids has {batch}: use one cache for one batch"
             )
-        return self._real.sum(1)
+        return self._ordinary
 
     def expect(self, positions: int) -> None:
         """Announces that the longest row will soon hold `positions` landmarked positions."""
@@ -114,7 +115,11 @@ class LandmarkCache(Cache):
         real = real.cpu()
         for layer in self.layers:
             layer.is_initialized = True
-        self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
+        if self._real is None:
+            self._real, self._ordinary = real, real.sum(1)
+        else:
+            self._real = torch.cat([self._real, real], dim=1)
+            self._ordinary = self._ordinary + real.sum(1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` seen, padding included: what `generate` slices by."""
@@ -129,12 +134,13 @@ class LandmarkCache(Cache):
         if self._real is not None:
             # what is stored beyond a row's length is never read, and overwritten by what comes next
             self._real = self._real[:, :keep]
+            self._ordinary = self._real.sum(1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         if self._real is not None:
-            self._real = self._real[beam_idx.cpu()]
+            self._real, self._ordinary = self._real[beam_idx.cpu()], self._ordinary[beam_idx.cpu()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps rows `indices`, in that order."""
@@ -148,7 +154,7 @@ class LandmarkCache(Cache):
     def reset(self) -> None:
         """Forgets everything."""
         self.layers = [self._new_layer() for _ in self.layers]
-        self._real = None
+        self._real = self._ordinary = None
 
     def _new_layer(self) -> LandmarkCacheLayer:
         return LandmarkCacheLayer(self._make_storage(self.block_size))

@@ -200,7 +200,9 @@ def _tied_scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tupl
 def top_latest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices (..., k) of the k highest scores (..., n), n > k; among equal ones the later indices win."""
     values, indices = scores.topk(k + 1, dim=-1)
-    tied = (values[..., k - 1] == values[..., k]) & (values[..., k] > -torch.inf)
+    tied = values[..., k - 1] == values[..., k]
+    if tied.any():
+        tied &= values[..., k] > -torch.inf
     values, indices = values[..., :k], indices[..., :k]
     if tied.any():
         # sorting stably from the last index to the first leaves the later of two equal scores in front

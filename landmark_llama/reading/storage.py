@@ -106,16 +106,13 @@ class DeviceStorage:
         stop = int(start.max()) + length if stop is None else stop
         self._reserve(-(-stop // self.block_size), key)
         row = torch.arange(rows, device=key.device).unsqueeze(1)
-        start = start.to(key.device).unsqueeze(1)
-        position = start + torch.arange(length, device=key.device)
-        block, offset = position // self.block_size, position % self.block_size
-        self.key[row, :, block, offset] = key.to(self.key.dtype)
-        self.value[row, :, block, offset] = value.to(self.value.dtype)
+        position = start.to(key.device).unsqueeze(1) + torch.arange(length, device=key.device)
+        for stored, x in ((self.key, key), (self.value, value)):
+            stored.flatten(2, 3)[row, :, position] = x.to(stored.dtype)
         # the last key of every block written to: which blocks are complete need not be known, the others' is never read
-        touched = start // self.block_size + torch.arange((length - 1) // self.block_size + 2, device=key.device)
-        touched = touched.clamp_max(self.capacity - 1)
+        touched = torch.cat([position[:, :: self.block_size], position[:, -1:]], dim=1) // self.block_size
         if prior is not None:
-            self._pool(row, touched, start, prior)
+            self._pool(row, touched, position[:, :1], prior)
         self.landmark[row, :, touched] = self.key[row, :, touched, -1]
 
     def _pool(self, row: Tensor, block: Tensor, start: Tensor, prior: Prior) -> None:
@@ -136,9 +133,8 @@ class DeviceStorage:
 
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         index = self._index(blocks)
-        shape = (*index.shape, *self.key.shape[-2:])
         return tuple(
-            x.view(-1, self.block_size * x.shape[-1]).index_select(0, index.flatten()).view(shape)
+            x.view(-1, self.block_size * x.shape[-1]).index_select(0, index.flatten()).view(*index.shape, *x.shape[-2:])
             for x in (self.key, self.value)
         )
 
@@ -148,9 +144,10 @@ class DeviceStorage:
     def _index(self, blocks: Tensor) -> Tensor:
         """Places of blocks (batch, kv_heads or 1, ...) among those of all rows and heads, one after the other."""
         batch, kv_heads = self.key.shape[:2]
-        owner = torch.arange(batch * kv_heads, device=blocks.device).view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
+        first = torch.arange(0, batch * kv_heads * self.capacity, self.capacity, device=blocks.device)
+        first = first.view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
         # a window may reach past the last block of a short text; what it finds there is masked
-        return owner * self.capacity + blocks.clamp_max(self.capacity - 1)
+        return first + blocks.clamp_max(self.capacity - 1)
 
     def select_rows(self, rows: Tensor) -> None:
         if self.key is not None:

@@ -30,12 +30,14 @@ class Table:
     groups: the chunk's queries.
     storages: the cache's blocks, layer by layer; each layer adds the chunk's own.
     settings: how many blocks are retrieved, and who shares a choice.
+    kernels: False: PyTorch attends on a GPU, too.
     pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     groups: QueryGroups
     storages: Sequence[BlockStorage]
     settings: RetrievalSettings
+    kernels: bool = True
     pooled: bool = False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Table:
@@ -74,6 +76,7 @@ class Table:
             rotary=rotary,
             scale=scale,
             landmarks_tie=layer_idx == 0 and not self.pooled,
+            kernels=self.kernels,
             landmark_query=None if landmark_query is None else landmark_query.unflatten(2, by_kv_head),
         ).flatten(2, 3)
 
@@ -108,6 +111,7 @@ def attend_through_table(
     rotary: RotaryTable,
     scale: float,
     landmarks_tie: bool,
+    kernels: bool = True,
     landmark_query: Tensor | None = None,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
@@ -116,13 +120,14 @@ def attend_through_table(
         query: (batch, columns, kv_heads, group, head_dim), not rotated.
         rotary: holds every position that a window can ask for.
         landmarks_tie: as in `choose_blocks`.
+        kernels: use the GPU kernels where they can run. False: PyTorch.
         landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels_take(storage, query.dtype, rotary, landmark_query)
+    kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
     grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
