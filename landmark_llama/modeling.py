@@ -52,9 +52,10 @@ class LandmarkLlamaAttention(CalibratedAttention):
         fill_cache_only: bool = False,
         **unused: None,
     ) -> tuple[Tensor | None, None]:
-        """`hidden_states` (batch, columns, hidden_size) to the same; with `fill_cache_only` there is no output.
+        """`hidden_states` (batch, columns, hidden_size) to the same.
 
-        LLaMA's own mask, positions and cache stay None: the view knows them.
+        With `fill_cache_only` keys and values go to the cache, and there is no output. LLaMA's own mask, positions and
+        cache stay None: the view knows them.
         """
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
@@ -160,8 +161,7 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
 
     def _view_of_all(self, rows: Rows, cache: LandmarkCache | None, retrieval: tuple) -> View | None:
         """The view of a call that goes through the layers as a whole; None for one that is streamed."""
-        config, layout = self.config, rows.layout
-        pooled = config.landmark_key == "pooled"
+        config, layout, pooled = self.config, rows.layout, self.config.landmark_key == "pooled"
         if self.training and cache is not None:
             settings = check_segment(config, layout, *retrieval)
             return Segment.of(layout, cache, settings.num_retrieved_blocks, pooled)

@@ -1,6 +1,7 @@
 """Landmarks that tell blocks apart: pooled keys, a query and a bias of the landmarks' own, the calibration."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from landmark_llama import LandmarkLlamaForCausalLM, landmark_attention
+from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, landmark_attention
 from landmark_llama.attention import blockwise, landmark_attention_reference
+from landmark_llama.attention.availability import unsupported
 from landmark_llama.attention.pooling import pool_block, pool_rows
 from landmark_llama.attention.reference import landmark_attention_weights
+from landmark_llama.reading import table
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -249,3 +252,35 @@ def test_a_converted_model_starts_with_an_untrained_calibration() -> None:
 def test_settings_that_cannot_be_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         tiny_config(**{field: value})
+
+
+@pytest.mark.parametrize("landmark_key", ["token", "pooled"])
+def test_a_cache_goes_on_with_the_landmark_keys_that_it_holds(landmark_key: str) -> None:
+    model = tiny_model(landmark_key=landmark_key)
+    cache = model(random_ids(1, 60), use_cache=True).past_key_values
+    model.config.landmark_key = {"token": "pooled", "pooled": "token"}[landmark_key]
+    for more in (1, 10):
+        with pytest.raises(ValueError, match=f"the cache holds '{landmark_key}' landmark keys"):
+            model(random_ids(1, more), past_key_values=cache)
+
+
+def test_the_kernels_say_that_they_score_landmarks_by_the_query_alone() -> None:
+    query, _, _, scoring, bias = inputs_with_landmarks((4, 2, 9, 13, 4, 8), (True, True), torch.float32)
+    for landmarks in ((scoring, None), (None, bias)):
+        assert "landmarks' own" in unsupported(query, *landmarks)
+    for landmark in (LANDMARKS["pooled"], LANDMARKS["calibrated"]):
+        assert LandmarkCache(tiny_config(**landmark), cuda_graphs=True).graphs is None
+    assert LandmarkCache(tiny_config(), cuda_graphs=True).graphs is not None
+
+
+def test_the_reading_kernels_are_not_given_what_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "triton_is_installed", lambda: pytest.fail("asked for kernels"))
+    pooled = tiny_model(landmark_key="pooled")(random_ids(1, 60), use_cache=True).past_key_values.storages[0]
+    plain = tiny_model()(random_ids(1, 60), use_cache=True).past_key_values.storages[0]
+    for storage in (pooled, plain):
+        storage.key = SimpleNamespace(is_cuda=True, shape=storage.key.shape)  # as if on a GPU
+    rotary = tiny_model().model._rotary_table(torch.device("cpu"))
+    assert not table.kernels_take(pooled, torch.float32, rotary)
+    assert not table.kernels_take(plain, torch.float32, rotary, torch.zeros(1))
+    with pytest.raises(pytest.fail.Exception, match="asked for kernels"):
+        table.kernels_take(plain, torch.float32, rotary)

@@ -37,9 +37,12 @@ def kernels_run_on(device: torch.device) -> bool:
     return device.type == "cuda" and triton_is_installed()
 
 
-def kernels_take_rows(query: Tensor, landmark_query: Tensor | None = None, landmark_bias: Tensor | None = None) -> bool:
-    """Whether the training kernels run on queries like `query` (..., head_dim); where not, PyTorch does."""
-    return kernels_run_on(query.device) and not unsupported(query, landmark_query, landmark_bias)
+def kernels_take_rows(query: Tensor, *landmarks: Tensor | None) -> bool:
+    """Whether the training kernels take `query` (..., head_dim) and its `landmarks`; where not, PyTorch does.
+
+    Arguments as of `unsupported`.
+    """
+    return kernels_run_on(query.device) and not unsupported(query, *landmarks)
 
 
 def unsupported(query: Tensor, landmark_query: Tensor | None = None, landmark_bias: Tensor | None = None) -> str | None:

@@ -74,9 +74,9 @@ class WholeRows:
             scale=scale,
             num_retrieved_blocks=self.num_retrieved_blocks,
             num_direct_blocks=self.num_direct_blocks,
-            kernels=self.kernels,
             landmark_query=landmark_query,
             landmark_bias=bias,
+            kernels=self.kernels,
         )
 
 
@@ -89,9 +89,9 @@ def landmark_attention(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
-    kernels: bool = True,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    kernels: bool = True,
 ) -> Tensor:
     """Causal landmark attention.
 
@@ -107,10 +107,10 @@ def landmark_attention(
         scale: factor of the scores; by default `head_dim ** -0.5`.
         num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
             scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
-        kernels: on a GPU, use the Triton kernels where they can run. False: PyTorch.
         landmark_query: (batch, heads, query_length, head_dim): what scores landmarks in place of `query`.
         landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. On a GPU,
             too, these two are computed by PyTorch.
+        kernels: on a GPU, use the Triton kernels where they can run. False: PyTorch.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.

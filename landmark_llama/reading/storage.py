@@ -112,7 +112,7 @@ class DeviceStorage:
         # the last key of every block written to: which blocks are complete need not be known, the others' is never read
         touched = torch.cat([position[:, :: self.block_size], position[:, -1:]], dim=1) // self.block_size
         if prior is not None:
-            self._pool(row, touched, start.to(key.device).unsqueeze(1), prior)
+            self._pool(row, touched, position[:, :1], prior)
         self.landmark[row, :, touched] = self.key[row, :, touched, -1]
 
     def _pool(self, row: Tensor, block: Tensor, start: Tensor, prior: Prior) -> None:
@@ -133,9 +133,8 @@ class DeviceStorage:
 
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         index = self._index(blocks)
-        shape = (*index.shape, *self.key.shape[-2:])
         return tuple(
-            x.view(-1, self.block_size * x.shape[-1]).index_select(0, index.flatten()).view(shape)
+            x.view(-1, self.block_size * x.shape[-1]).index_select(0, index.flatten()).view(*index.shape, *x.shape[-2:])
             for x in (self.key, self.value)
         )
 
