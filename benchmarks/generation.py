@@ -2,12 +2,14 @@
 
     python benchmarks/generation.py
     python benchmarks/generation.py --lengths 2048 8192 --granularity head --repetitions 5
+    python benchmarks/generation.py --batch_size 8 --lengths 2048 8192
     python benchmarks/generation.py --model DIR --device cuda --dtype bfloat16 --output FILE
     python benchmarks/generation.py --against package.module:function
 
 Measures, for each prompt length, the seconds to read the prompt, the milliseconds per generated token, and the peak
-memory. Each measurement runs in a process of its own, and the implementations take turns. Rows go to `--output`,
-failures to a file beside it. `python benchmarks/table.py FILE` makes a Markdown table of them.
+memory. The dense model generates twice: with transformers' default cache, which is copied at each token, and with its
+preallocated `StaticCache`. Each measurement runs in a process of its own, and the implementations take turns. Rows go
+to `--output`, failures to a file beside it. `python benchmarks/table.py FILE` makes a Markdown table of them.
 
 `--against` measures another model in the same run. The function receives the landmark model's configuration, which
 includes LLaMA's fields. It returns a causal language model with transformers' interface. Its results are not checked.
@@ -16,6 +18,7 @@ includes LLaMA's fields. It returns a causal language model with transformers' i
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -27,7 +30,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import Cache, DynamicCache, HfArgumentParser, PreTrainedModel, StaticCache
 
 from benchmarks.checks import check_attention, check_reading
 from benchmarks.measure import (
@@ -45,6 +48,7 @@ from benchmarks.measure import (
 from benchmarks.models import (
     AGAINST,
     DENSE,
+    DENSE_STATIC,
     LANDMARK,
     ModelArguments,
     landmark_config,
@@ -69,6 +73,7 @@ class Arguments:
         default_factory=lambda: ["head", "token_and_head"],
         metadata={"help": "Settings of retrieval_granularity to measure."},
     )
+    batch_size: int = field(default=1, metadata={"help": "Rows that are read and generated together."})
     decode_tokens: int = field(
         default=32, metadata={"help": "Tokens generated after the prompt; 16 or more, to hold the end of a block."}
     )
@@ -94,6 +99,8 @@ class Arguments:
                 raise ValueError(f"--lengths {length}: a prompt has at least one token")
         if self.decode_tokens < 16:
             raise ValueError(f"--decode_tokens {self.decode_tokens}: a median needs at least 16")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size {self.batch_size}: must be at least 1")
         if self.repetitions < 1:
             raise ValueError(f"--repetitions {self.repetitions}: must be at least 1")
         self.lengths = sorted(set(self.lengths))
@@ -106,12 +113,13 @@ def measure(
     config: LandmarkLlamaConfig,
     implementation: str,
     length: int,
+    batch_size: int,
     decode_tokens: int,
     warmup: int,
     against: str = "",
     cuda_graphs: bool = False,
 ) -> dict[str, Any]:
-    """One measurement, in this process: reads `length` tokens, then generates `decode_tokens` greedily.
+    """One measurement, in this process: reads `length` tokens a row, then generates `decode_tokens` greedily.
 
     Args:
         implementation: `DENSE`, `AGAINST`, or a name that begins with `LANDMARK`.
@@ -119,7 +127,11 @@ def measure(
         cuda_graphs: whether the landmark model replays its decoding steps.
 
     Returns:
-        The `QUANTITIES`, and `decode_ms`, the milliseconds of each generated token.
+        The `QUANTITIES`, and `decode_ms`, the milliseconds of each generated token (of all rows). For `DENSE` also
+        `static`, the same of decoding alone with a preallocated cache.
+
+    Raises:
+        ValueError: the two caches of the dense model do not give the same logits, or logits are not finite.
     """
     if implementation == AGAINST:
         torch.manual_seed(args.seed)
@@ -127,41 +139,77 @@ def measure(
             model = imported(against)(config).to(args.device, args.torch_dtype).eval()
     else:
         model = load_model(args, config, implementation)
-    text = random_text(args, config, length)
-    landmark = config.landmark_token_id
+    text = random_text(args, config, length, batch_size)
     recorded = cuda_graphs and implementation.startswith(LANDMARK)
+    run = functools.partial(_read_and_generate, model, config.landmark_token_id, recorded, implementation == DENSE)
     # PyTorch loads parts of itself on first use: that memory must not count as the model's
-    _read_and_generate(model, text[:, :32], 4, landmark, recorded)
+    run(PeakMemory(args.device), text[:, :32], 4)
     memory = PeakMemory(args.device)
     warmup = warmup or (length if torch.device(args.device).type == "cuda" else 1024)
-    _read_and_generate(model, text[:, :warmup], 4, landmark, recorded)
-    seconds, steps = _read_and_generate(model, text, decode_tokens, landmark, recorded)
-    milliseconds = [step * 1000 for step in steps]
-    measured = (seconds, statistics.median(milliseconds), memory.mib())
-    return {**dict(zip(QUANTITIES, measured, strict=True)), "decode_ms": milliseconds}
+    run(memory, text[:, :warmup], 4)
+    return run(memory, text, decode_tokens)
 
 
 @torch.inference_mode()
 def _read_and_generate(
-    model: PreTrainedModel, text: torch.Tensor, new_tokens: int, landmark_token_id: int, cuda_graphs: bool
-) -> tuple[float, list[float]]:
-    """Seconds to read `text` (1, length) in one call, and seconds of each of the `new_tokens` decoding steps."""
+    model: PreTrainedModel,
+    landmark_token_id: int,
+    cuda_graphs: bool,
+    with_static_cache: bool,
+    memory: PeakMemory,
+    text: torch.Tensor,
+    new_tokens: int,
+) -> dict[str, Any]:
+    """What `measure` returns, of reading `text` (batch, length) in one call and generating `new_tokens`."""
     cache = LandmarkCache(model.config, cuda_graphs=True) if cuda_graphs else None
-    watch, steps = Stopwatch(str(text.device)), []
+    watch = Stopwatch(str(text.device))
     outputs = model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token = _greedy(outputs.logits, landmark_token_id)
+    token, cache = _greedy(outputs.logits, landmark_token_id), outputs.past_key_values
     prefill = watch.lap()
+    decoding, logits = _generate(model, token, cache, new_tokens, landmark_token_id)
+    measured = {"prefill_seconds": prefill, **decoding, "peak_memory_mib": memory.mib()}
+    if with_static_cache:
+        cache.crop(-new_tokens)
+        cache = preallocated(cache, model, new_tokens)
+        measured["static"], others = _generate(model, token, cache, new_tokens, landmark_token_id)
+        error, size = ((x.double().square().mean().sqrt()) for x in (others - logits, logits))
+        if not error <= size * torch.finfo(logits.dtype).eps ** 0.5:
+            raise ValueError(f"logits with a StaticCache are off by {error:.3g} of {size:.3g}")
+    return measured
+
+
+def preallocated(cache: DynamicCache, model: PreTrainedModel, room: int) -> StaticCache:
+    """What `cache` holds, moved into a `StaticCache` with room for as many tokens more.
+
+    So a prompt is read once, as fast as the dense model can: with a `StaticCache` it would need a mask over all of it.
+    """
+    static = StaticCache(model.config, max_cache_len=cache.get_seq_length() + room)
+    for layer_idx, layer in enumerate(cache.layers):
+        static.update(layer.keys, layer.values, layer_idx)
+        layer.keys = layer.values = None  # one layer at a time is held twice
+    return static
+
+
+def _generate(
+    model: PreTrainedModel, token: torch.Tensor, cache: Cache, new_tokens: int, landmark_token_id: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """The quantity of decoding and `decode_ms`, and the logits (batch, 1, vocab_size) of the first step.
+
+    Later ones follow from greedy choices, in which rounding may decide.
+    """
+    watch, steps, logits = Stopwatch(str(token.device)), [], []
     for _ in range(new_tokens):
-        outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = model(token, past_key_values=cache, use_cache=True)
         token = _greedy(outputs.logits, landmark_token_id)
-        steps.append(watch.lap())
-    if not outputs.logits.isfinite().all():
-        raise ValueError(f"the logits after {text.shape[1]} + {new_tokens} tokens are not all finite")
-    return prefill, steps
+        steps.append(watch.lap() * 1000)
+        logits.append(outputs.logits)
+    if not logits[-1].isfinite().all():
+        raise ValueError(f"the logits after {new_tokens} generated tokens are not all finite")
+    return {"decode_ms_per_token": statistics.median(steps), "decode_ms": steps}, logits[0]
 
 
 def _greedy(logits: torch.Tensor, landmark_token_id: int) -> torch.Tensor:
-    """The most likely next token (1, 1) that is not the landmark."""
+    """The most likely next token of each row, (batch, 1), that is not the landmark."""
     logits = logits[:, -1].index_fill(-1, torch.tensor(landmark_token_id, device=logits.device), -torch.inf)
     return logits.argmax(-1, keepdim=True)
 
@@ -181,6 +229,7 @@ class GenerationBenchmark:
             "model": Path(model.model).name if model.model else "random weights",
             "shape": shape_of(any_of_them),
             "dtype": model.dtype,
+            "batch": args.batch_size,
             "cuda_graphs": args.cuda_graphs,
             "machine": machine(model.device, model.threads),
             "versions": versions(),
@@ -225,16 +274,23 @@ class GenerationBenchmark:
                         failed.add(name)
                         self._fail(name, length, error)
                 bar.update()
+        done = {name: ones for name, ones in measured.items() if name not in failed}
+        if DENSE in done:
+            static = [one["static"] for one in done[DENSE] if "static" in one]
+            done = {DENSE: done[DENSE], DENSE_STATIC: static, **done}
         for quantity in QUANTITIES:
-            dense = measured.get(DENSE, []) if DENSE not in failed else []
-            baseline = statistics_of([one[quantity] for one in dense])["median"] if dense else None
-            for name in implementations:
-                if name not in failed:
-                    self._add_row(quantity, name, length, measured[name], baseline)
+            shown = {name: [one for one in ones if quantity in one] for name, ones in done.items()}
+            medians = {
+                name: statistics_of([x[quantity] for x in ones])["median"] for name, ones in shown.items() if ones
+            }
+            # what a user would run: the dense model at its fastest
+            baseline = min((medians[name] for name in (DENSE, DENSE_STATIC) if name in medians), default=None)
+            for name in medians:
+                self._add_row(quantity, name, length, shown[name], baseline)
 
     def _measure_once(self, name: str, length: int) -> dict[str, Any]:
         args = self.args
-        counts = (length, args.decode_tokens, args.warmup_tokens)
+        counts = (length, args.batch_size, args.decode_tokens, args.warmup_tokens)
         what = (self.model, self.configs[name], name, *counts, args.against, args.cuda_graphs)
         return isolated(measure, *what, threads=self.model.threads)
 
@@ -250,8 +306,9 @@ class GenerationBenchmark:
         if quantity == "decode_ms_per_token":
             row["tokens"] = self.args.decode_tokens
             # the median hides two slow steps: the last token of a block comes with a landmark, and the cache may grow
-            row["mean"] = round(statistics.mean(x for one in measured for x in one["decode_ms"]), 4)
-            row["slowest"] = round(max(x for one in measured for x in one["decode_ms"]), 4)
+            steps = [x for one in measured for x in one["decode_ms"]]
+            row["quartiles"] = [round(x, 4) for x in statistics.quantiles(steps, n=4)[::2]]
+            row["mean"], row["slowest"] = round(statistics.mean(steps), 4), round(max(steps), 4)
         self.results.add(row)
         tqdm.write(f"{length:>8} tokens  {name:<24} {quantity:<20} {figures['median']:>10.4g}", file=sys.stderr)
 

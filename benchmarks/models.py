@@ -14,6 +14,7 @@ from transformers.utils import logging
 from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
 
 DENSE = "dense"
+DENSE_STATIC = "dense static"  # the same model, generating with a preallocated cache
 LANDMARK = "landmark"
 AGAINST = "against"  # another implementation, named by `--against`
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DENSE = "dense"
+DENSE = {"dense": "dense, SDPA", "dense static": "dense, SDPA, `StaticCache`"}
 TITLES = {
     "prefill_seconds": "Reading a prompt, seconds",
     "decode_ms_per_token": "Generating, milliseconds a token",
@@ -72,13 +72,13 @@ def _table(quantity: str, rows: list[Row], size: str) -> str:
 
 
 def _cell(row: Row | None, best: float) -> str:
-    """A median, in bold if it is the best of its row, and its factor relative to the dense model."""
+    """A median, in bold if it is the best of its row, and its factor relative to the dense model at its fastest."""
     if row is None:
         return "–"
     figure = _number(row["median"]) + ("\\*" if "note" in row else "")
     if row["median"] == best:
         figure = f"**{figure}**"
-    if row["implementation"] == DENSE or not row["ratio_to_dense"]:
+    if row["implementation"] in DENSE or not row["ratio_to_dense"]:
         return figure
     # training: our time divided by the dense model's; generation: the dense model's figure divided by ours
     factor = row["ratio_to_dense"] if row["benchmark"] == "training" else 1 / row["ratio_to_dense"]
@@ -91,8 +91,8 @@ def _number(x: float) -> str:
 
 def _in_words(implementation: str) -> str:
     kind, _, granularity = implementation.partition(" ")
-    if kind == DENSE:
-        return "dense, SDPA"
+    if kind == "dense":
+        return DENSE[implementation]
     return f"{kind}, `{granularity}`" if granularity else kind
 
 
@@ -103,13 +103,17 @@ def _setup(rows: list[Row]) -> str:
     spread = max((row["max"] - row["min"]) / row["median"] for row in rows)
     repetitions = max(row["repetitions"] for row in rows)
     training = rows[0]["benchmark"] == "training"
-    meaning = "times the dense model's time" if training else "how many times as large the dense model's figure is"
+    meaning = "how many times as large the dense model's figure is, with the faster of its caches"
+    if training:
+        meaning = "times the dense model's time"
+    together = "" if training or rows[0].get("batch", 1) == 1 else f", {rows[0]['batch']} rows at once"
     once = " (\\*: measured fewer times)" if any("note" in row for row in rows) else ""
     return (
         f"{where}; {rows[0]['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{rows[0]['model']}: {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
         f"{shape['num_attention_heads']} heads of {shape['head_dim']}, blocks of {shape['block_size']}, "
-        f"a window of {shape['train_context_length']} positions, {shape['num_retrieved_blocks']} blocks retrieved. "
+        f"a window of {shape['train_context_length']} positions, {shape['num_retrieved_blocks']} blocks retrieved"
+        f"{together}. "
         f"Medians of {repetitions}{once}; a row's extremes lie at most {spread:.0%} of its median apart. "
         f"In brackets: {meaning}."
     )
@@ -118,11 +122,12 @@ def _setup(rows: list[Row]) -> str:
 def _where_dense_wins(rows: list[Row], size: str) -> str:
     """A sentence that lists where the dense model is better than every landmark model."""
     found: dict[str, list[str]] = {}
-    for dense in (row for row in rows if row["implementation"] == DENSE):
-        place = (dense["quantity"], dense[size])
-        others = [row["median"] for row in rows if row is not dense and (row["quantity"], row[size]) == place]
-        if others and dense["median"] < min(others):
-            found.setdefault(dense["quantity"], []).append(f"{dense[size]:,}")
+    for quantity, value in dict.fromkeys((row["quantity"], row[size]) for row in rows):
+        there = [row for row in rows if (row["quantity"], row[size]) == (quantity, value)]
+        dense = [row["median"] for row in there if row["implementation"] in DENSE]
+        others = [row["median"] for row in there if row["implementation"] not in DENSE]
+        if dense and others and min(dense) < min(others):
+            found.setdefault(quantity, []).append(f"{value:,}")
     if not found:
         return "The dense model is nowhere ahead."
     unit = "tokens" if size == "length" else "rows"

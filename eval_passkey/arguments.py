@@ -67,8 +67,7 @@ class Arguments:
     )
     local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
     kernels: bool = field(
-        default=True,
-        metadata={"help": "Landmark model: false: PyTorch attends on a GPU, too, not Triton kernels."},
+        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
     )
 
     def __post_init__(self) -> None:

@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
 
 
 def device_in_words(device: str, kernels: bool = True) -> str:
-    """The GPU's name, and whether kernels were off, or the machine's processor and the threads in use."""
+    """The GPU's name and whether the Triton kernels ran, or the machine's processor and the threads in use."""
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device}{'' if kernels else ', no kernels'})"
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -84,8 +84,7 @@ class Arguments:
     )
     local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
     kernels: bool = field(
-        default=True,
-        metadata={"help": "Landmark model: false: PyTorch attends on a GPU, too, not Triton kernels."},
+        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
     )
     always_stream: bool = field(
         default=False, metadata={"help": "Landmark model: read through its memory what fits its window, too."}

@@ -57,6 +57,12 @@ class ModelArguments:
             "segments num_retrieved_blocks)"
         },
     )
+    landmark_key: str | None = field(
+        default=None, metadata={"help": "token, or pooled: what stands for a block is made of the block's own keys"}
+    )
+    landmark_query_rank: int | None = field(
+        default=None, metadata={"help": "rank of the calibration of the queries that score landmarks (0: none)"}
+    )
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )

@@ -7,7 +7,7 @@ may have twice the error of that, plus the rounding of the result itself. Errors
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -37,14 +37,15 @@ def check_kernels(model: nn.Module, input_ids: Tensor) -> int:
         input_ids: (1, length) ordinary tokens on the model's device; what exceeds its window is left out.
 
     Returns:
-        The number of layers compared; 0 where PyTorch does all: without a GPU or Triton, with `kernels=False`, in
-        float64.
+        The number of layers compared; 0 where PyTorch does all: without a GPU or Triton, with `kernels=False`, with
+        pooled landmark keys or calibrated queries, in float64.
 
     Raises:
         KernelsDifferError: naming the first layer and tensor that differ, and by how much.
     """
     config = model.config
-    if not (config.kernels and availability.kernels_run_on(input_ids.device)):
+    plain = config.landmark_key == "token" and not config.landmark_query_rank  # which is all that the kernels know
+    if not (plain and config.kernels and availability.kernels_run_on(input_ids.device)):
         return 0
     found: list[list[str]] = []
     attentions = [module for module in model.modules() if isinstance(module, LandmarkLlamaAttention)]
@@ -69,7 +70,8 @@ def _compare_in(found: list[list[str]], module: nn.Module, args: tuple, kwargs: 
     view = kwargs["view"]
     if type(view) is not WholeRows:
         return None
-    compared = _ComparedRows(view.block_size, view.num_retrieved_blocks, view.num_direct_blocks, view.kernels, found)
+    settings = {setting.name: getattr(view, setting.name) for setting in fields(view)}
+    compared = _ComparedRows(**settings, found=found)
     return args, kwargs | {"view": compared}
 
 
@@ -79,7 +81,9 @@ class _ComparedRows(WholeRows):
 
     found: list[list[str]] = field(default_factory=list)
 
-    def attend_rotated(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    def attend_rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, landmark_query: Tensor | None = None
+    ) -> Tensor:
         if self.num_retrieved_blocks is not None or not availability.kernels_take_rows(query):
             return super().attend_rotated(query, key, value, scale=scale)
         last = min(LAST_QUERIES, query.shape[2])

@@ -1,12 +1,13 @@
-"""Tokenizers of every kind that prompts must fit: as LLaMA's, as GPT-2's, as LLaMA 3's, and real ones."""
+"""Tokenizers of every kind that prompts must fit: as LLaMA's, GPT-2's, LLaMA 3's, and real ones; a model with one."""
 
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 TEXT = ["The number of the lamp is 48213, and the sky above 907 roofs was green.\nHere we go, again and again.\n"] * 4
@@ -81,3 +82,31 @@ TOKENIZERS = {
     "LLaMA": lambda: stored_tokenizer("tokenizers/llama"),
     "stories260K": lambda: stored_tokenizer("models/stories260K/gqa"),
 }
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and BOS."""
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def save_dense(folder: Path, seed: int = 0) -> Path:
+    """A tiny LLaMA with random weights and that tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from prompt_tokenizers import DATA, byte_tokenizer, save_dense
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval_passkey import measure, run
 from eval_passkey.prompts import InputError
@@ -18,40 +18,12 @@ from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.configuration import RETRIEVAL_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("LANDMARK_DATA", ROOT / "../shared/data"))
 ROW = [
     "task", "length", "prompt_tokens", "phase", "depth", "seed", "key", "prediction", "correct", "recall", "seconds",
 ]  # fmt: skip
 SUMMARY_ROW = [
     "task", "length", "samples", "correct", "accuracy", "ci_low", "ci_high", "recall", "part", "seconds_per_prompt",
 ]  # fmt: skip
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and BOS."""
-    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def save_dense(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
 
 class LandmarkCacheLayer(CacheLayerMixin):
@@ -24,9 +24,16 @@ class LandmarkCacheLayer(CacheLayerMixin):
         super().__init__()
         self.storage = storage
 
-    def update(self, key_states: Tensor, value_states: Tensor, start: Tensor, stop: int | None = None) -> BlockStorage:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        start: Tensor,
+        stop: int | None = None,
+        prior: Prior | None = None,
+    ) -> BlockStorage:
         """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
-        self.storage.write(key_states, value_states, start, stop)
+        self.storage.write(key_states, value_states, start, stop, prior)
         return self.storage
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -56,7 +63,7 @@ class LandmarkCache(Cache):
         storage: makes the storage of one layer, given the block size; by default the model's device.
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
-            Elsewhere it changes nothing.
+            Elsewhere it changes nothing, nor with pooled landmark keys or calibrated queries, which no kernel reads.
 
     Example:
 
@@ -77,9 +84,11 @@ class LandmarkCache(Cache):
             raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
         self.block_size = config.block_size
         self._make_storage = storage
-        self.graphs = DecodingGraphs() if cuda_graphs else None
+        kernels_read_it = config.landmark_key == "token" and not config.landmark_query_rank
+        self.graphs = DecodingGraphs() if cuda_graphs and kernels_read_it else None
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
+        self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
 
     @property
     def storages(self) -> list[BlockStorage]:
@@ -94,7 +103,7 @@ class LandmarkCache(Cache):
             raise ValueError(
                 f"the cache holds {len(self._real)} rows, input_ids has {batch}: use one cache for one batch"
             )
-        return self._real.sum(1)
+        return self._ordinary
 
     def expect(self, positions: int) -> None:
         """Announces that the longest row will soon hold `positions` landmarked positions."""
@@ -106,7 +115,11 @@ class LandmarkCache(Cache):
         real = real.cpu()
         for layer in self.layers:
             layer.is_initialized = True
-        self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
+        if self._real is None:
+            self._real, self._ordinary = real, real.sum(1)
+        else:
+            self._real = torch.cat([self._real, real], dim=1)
+            self._ordinary = self._ordinary + real.sum(1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` seen, padding included: what `generate` slices by."""
@@ -121,12 +134,13 @@ class LandmarkCache(Cache):
         if self._real is not None:
             # what is stored beyond a row's length is never read, and overwritten by what comes next
             self._real = self._real[:, :keep]
+            self._ordinary = self._real.sum(1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         if self._real is not None:
-            self._real = self._real[beam_idx.cpu()]
+            self._real, self._ordinary = self._real[beam_idx.cpu()], self._ordinary[beam_idx.cpu()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps rows `indices`, in that order."""
@@ -140,7 +154,7 @@ class LandmarkCache(Cache):
     def reset(self) -> None:
         """Forgets everything."""
         self.layers = [self._new_layer() for _ in self.layers]
-        self._real = None
+        self._real = self._ordinary = None
 
     def _new_layer(self) -> LandmarkCacheLayer:
         return LandmarkCacheLayer(self._make_storage(self.block_size))

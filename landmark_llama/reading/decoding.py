@@ -1,16 +1,20 @@
 """A decoding step: one new token a row, and the landmark of each block that it completes.
 
-The queries of a step lie in the last block of their row, so that one table serves them:
+Each query of a step reads one table of blocks, chosen ones first:
 
     [ retrieved blocks, for each head and query its own | direct blocks | own block ]
 
 A step is a chunk of one or two columns and could go through `reading/table.py`, as it does on a GPU. Here the same is
-written for a CPU, where the groups and tiles of longer chunks would take longer than the attention itself.
+written for a CPU, where the groups and tiles of longer chunks would take longer than the attention itself: small
+operations are all that a step costs. So what layers share, positions, angles and masks, is made once a step, and what
+depends on the offset in a block alone is made once for a model.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +22,8 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.choice import choose_blocks
+from landmark_llama.reading.choice import choose_blocks, top_latest
+from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.rows.documents import find_documents
 
 
@@ -28,26 +33,27 @@ class DecodingStep:
 
     source: (batch, columns): which column of the call a landmarked column shows; 1 for a landmark, which is none.
     output: (batch, 1): the column whose states are the result's.
-    start: (batch,): landmarked position of each row's token.
-    offset: (batch, columns): positions from the start of its block to each query.
+    start: (batch,): landmarked position of each row's token; `stop`: the largest after the step.
     valid: (batch, columns), boolean: False where a row has no landmark to add, and others have.
-    direct: (batch, direct blocks + 1): the blocks that a row reads directly, its own last; negative where none is.
-    num_candidates: (batch, 1): blocks before those.
+    place: what follows from the offsets of the columns in their blocks.
+    direct: (batch, 1, 1, 1, direct blocks + 1): the blocks read directly, the own last; negative where none is.
+    candidates: what may be retrieved; None where nothing is.
     cache: what has been read; each layer adds the step's keys and values.
     settings: how many blocks are retrieved, and who shares a choice.
+    pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     source: Tensor
     output: Tensor
     start: Tensor
-    offset: Tensor
-    valid: Tensor
-    direct: Tensor
-    num_candidates: Tensor
-    most_candidates: int
     stop: int
+    valid: Tensor
+    place: Places
+    direct: Tensor
+    candidates: Candidates | None
     cache: LandmarkCache
     settings: RetrievalSettings
+    pooled: bool
 
     @classmethod
     def of(
@@ -58,6 +64,7 @@ class DecodingStep:
         position_ids: Tensor | None,
         cache: LandmarkCache | None,
         retrieval: tuple,
+        rotary: RotaryTable,
     ) -> DecodingStep | None:
         """The step that a call is, or None if it is more than that.
 
@@ -65,6 +72,7 @@ class DecodingStep:
             content: ids (batch, 1) for a step; more columns, embeddings, or tensors of a GPU make no step.
             position_ids: checked, and otherwise of no use: a cache holds one document a row.
             retrieval: arguments of `LandmarkLlamaConfig.retrieval`.
+            rotary: holds every position that a step can ask for.
         """
         step = cache is not None and content.dim() == 2 and content.shape[1] == 1 and content.device.type == "cpu"
         if not step or attention_mask is not None and not attention_mask[:, -1].all():
@@ -76,102 +84,187 @@ class DecodingStep:
         if position_ids is not None:
             find_documents(position_ids, torch.ones(content.shape, dtype=torch.bool), ordinary, cached=True)
         start = ordinary + ordinary // (block_size - 1)
-        block, offset = start // block_size, (start % block_size).unsqueeze(1)
+        block, offset = (start // block_size).unsqueeze(1), (start % block_size).unsqueeze(1)
         completes = offset == block_size - 2
         column = torch.arange(1 + int(completes.any()))
         num_direct = 0 if settings.local_attention == "chunked" else settings.num_direct_blocks
-        num_candidates = (block - num_direct).clamp_min(0).unsqueeze(1)
+        k, number = settings.num_retrieved_blocks, (block - num_direct).clamp_min(0)
+        most = int(number.max()) if k else 0
+        place = _places(rotary, block_size, num_direct + 1, k if most else 0).at(offset + column)
         return cls(
             source=column.expand(len(content), -1),
-            output=completes.long() if config.predict_from_landmark else torch.zeros_like(offset),
+            output=completes.long() if config.predict_from_landmark else torch.zeros_like(completes, dtype=torch.long),
             start=start,
-            offset=offset + column,
-            valid=(column == 0) | completes,
-            direct=block.unsqueeze(1) + torch.arange(-num_direct, 1),
-            num_candidates=num_candidates,
-            most_candidates=int(num_candidates.max()),
             stop=int(start.max()) + len(column),
+            valid=(column == 0) | completes,
+            place=place,
+            direct=(block + torch.arange(-num_direct, 1)).view(len(block), 1, 1, 1, -1),
+            candidates=Candidates.of(number, most, k) if most else None,
             cache=cache,
             settings=settings,
+            pooled=config.landmark_key == "pooled",
         )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
-        storage, block_size, k = self.cache.layers[layer_idx].storage, self.cache.block_size, 0
-        dtype, kv_heads = query.dtype, key.shape[2]
-        query = query.to(torch.promote_types(dtype, torch.float32)) * scale
-        query, key = rotary.rotate_all(self.offset.unsqueeze(-1), query, key)
-        storage.write(key, value, self.start, self.stop)
-
-        # a query is rotated to its distance from each block: retrieved ones at first, the own one (distance 0) last
-        if self.most_candidates:
-            k = self.settings.num_retrieved_blocks
-        direct = self.direct.shape[1]
-        distance = torch.arange(direct + k if k else direct - 1, -1, -1)
-        query = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).unsqueeze(-2)
-        query = rotary.rotate(query, distance * block_size)  # (batch, kv_heads, group, columns, distances, head_dim)
-        key, direct_value = storage.gather(self.direct.clamp_min(0).unsqueeze(1))
-        scores = _scores_of_shared(query[..., -direct:, :], key)
-        seen = (self.direct >= 0)[:, None, None, None].expand(scores.shape[:-1])
-        if not k:
-            weights = self._weights(scores, seen)
-            output = _read_shared(weights, direct_value)
-        else:
-            choice = choose_blocks(
-                query[..., : k + 1, :].unsqueeze(3),
-                storage.landmarks(self.most_candidates),
-                self.num_candidates,
-                self.valid.unsqueeze(1),
-                granularity=self.settings.granularity,
-                landmarks_tie=layer_idx == 0,
-            )
-            at_chosen = choice.at_their_distances(query[..., : k + 1, :].unsqueeze(3)).squeeze(3)
-            block = choice.block.squeeze(3)  # (batch, kv_heads or 1, group or 1, columns or 1, k)
-            key, chosen_value = storage.gather(block.clamp_min(0))
-            chosen = (key.to(at_chosen.dtype) @ at_chosen.unsqueeze(-1)).squeeze(-1)
-            seen = torch.cat([(block >= 0).expand(chosen.shape[:-1]), seen], dim=-1)
-            weights = self._weights(torch.cat([chosen, scores], dim=-2), seen)
-            output = _read_shared(weights[..., k:, :], direct_value)
-            read = weights[..., :k, :].flatten(-2).unsqueeze(-2) @ chosen_value.to(weights.dtype).flatten(-3, -2)
-            output = output + read.squeeze(-2)
+        storage, dtype, kv_heads = self.cache.layers[layer_idx].storage, query.dtype, key.shape[2]
+        prior, scoring = None, None
+        if self.pooled:
+            mean = query.unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(dtype, torch.float32))
+            prior = Prior(self.place.turn_key(mean), scale)
+        storage.write(self.place.turn_key(key).to(dtype), value, self.start, self.stop, prior)
+        query = self._at_distances(query, kv_heads, scale)
+        if landmark_query is not None:
+            scoring = self._at_distances(landmark_query, kv_heads, scale)
+        table = self.direct
+        if self.candidates is not None:
+            tie = layer_idx == 0 and not self.pooled
+            chosen = self._choose(query if scoring is None else scoring, storage, tie).expand(*query.shape[:4], -1)
+            table = torch.cat([chosen, table.expand(*query.shape[:4], -1)], dim=-1)
+            # of the last candidates and the direct blocks, each is read at its own distance; those before, one farther
+            near = table >= self.candidates.first_recent
+            query = torch.where(near.unsqueeze(-1), query[..., 1:, :], query[..., :-1, :])
+            if scoring is not None:
+                scoring = torch.where(near.unsqueeze(-1), scoring[..., 1:, :], scoring[..., :-1, :])
+        block = table.clamp_min(0)
+        key, value = storage.gather(block)  # (batch, kv_heads, group, columns, blocks, block_size, head_dim)
+        scores = (key.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1)
+        if scoring is not None:
+            scores[..., -1] = torch.linalg.vecdot(scoring, key[..., -1, :].to(scoring.dtype))
+        if self.pooled:
+            scores[..., -1] += storage.gather_biases(block)
+        weights = self._weights(scores, table < 0).flatten(-2)
+        output = (weights.unsqueeze(-2) @ value.to(weights.dtype).flatten(-3, -2)).squeeze(-2)
         return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
 
-    def _weights(self, scores: Tensor, seen: Tensor) -> Tensor:
+    def _at_distances(self, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+        """`query`, scaled and rotated to all distances: (batch, kv_heads, group, columns, distances, head_dim)."""
+        query = self.place.turn(query.unsqueeze(-2)) * scale  # (batch, columns, heads, distances, head_dim)
+        return query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
+
+    def _choose(self, query: Tensor, storage: BlockStorage, landmarks_tie: bool) -> Tensor:
+        """The k blocks of each query, (batch, kv_heads or 1, group or 1, columns or 1, k), as `choose_blocks` does.
+
+        query: (batch, kv_heads, group, columns, distances, head_dim), rotated and scaled: what scores landmarks.
+        """
+        candidates, k, columns = self.candidates, self.settings.num_retrieved_blocks, query.shape[3]
+        landmarks, query = storage.landmarks(candidates.most), query[..., : k + 1, :]
+        biases = storage.biases(candidates.most) if self.pooled else None
+        if self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1:
+            shared = {"granularity": self.settings.granularity, "landmarks_tie": landmarks_tie, "biases": biases}
+            query, valid = query.unsqueeze(3), self.valid.unsqueeze(1)
+            return choose_blocks(query, landmarks, candidates.number, valid, **shared).block.squeeze(3)
+        # each query chooses its own: older candidates by their score one block before the last k, those where they are
+        if landmarks_tie:
+            block, none = candidates.tied
+            older = recent = landmarks[:, :, :1].to(query.dtype)
+        else:
+            block, none = candidates.all
+            older = landmarks[:, :, : block.shape[-1] - k].to(query.dtype)
+            recent = landmarks[candidates.row, :, candidates.recent].transpose(1, 2).to(query.dtype)
+        far = (query[..., 0, :].flatten(2, 3) @ older.transpose(-1, -2)).unflatten(2, query.shape[2:4])
+        near = torch.linalg.vecdot(query[..., 1:, :], recent[:, :, None, None])
+        if biases is not None:
+            far = far + biases[:, :, None, None, : block.shape[-1] - k]
+            near = near + biases[candidates.row, :, candidates.recent].transpose(1, 2)[:, :, None, None]
+        scores = torch.cat([far.expand(*far.shape[:-1], block.shape[-1] - k), near], dim=-1)
+        column = top_latest(scores.masked_fill(none, -torch.inf), k)[1]
+        return block.expand_as(scores).gather(-1, column).sort(-1).values
+
+    def _weights(self, scores: Tensor, none: Tensor) -> Tensor:
         """Weights of the positions of a table of blocks, the own one last; 0 for landmarks.
 
         Args:
             scores: (batch, kv_heads, group, columns, blocks, block_size).
-            seen: (batch, kv_heads, group, columns, blocks), boolean: whether there is such a block for the query.
+            none: (batch, kv_heads or 1, group or 1, columns or 1, blocks), boolean: True where there is no such block.
         """
-        place = torch.arange(scores.shape[-1])
-        own = (place <= self.offset.unsqueeze(-1)) & (place < scores.shape[-1] - 1)
-        landmark = scores[..., -1]
-        scores = scores.masked_fill(place == scores.shape[-1] - 1, -torch.inf)
-        scores[..., -1, :].masked_fill_(~own[:, None, None], -torch.inf)
+        tokens = scores.masked_fill(self.place.hidden, -torch.inf)
         # a block's logit: its landmark's score, or for the own block the logsumexp of its tokens
-        logit = torch.cat([landmark[..., :-1], scores[..., -1, :].logsumexp(-1, keepdim=True)], dim=-1)
-        share = logit.masked_fill(~seen, -torch.inf).softmax(-1)
-        return scores.softmax(-1) * share.unsqueeze(-1)
+        own = tokens[..., -1, :].logsumexp(-1, keepdim=True)
+        logit = torch.cat([scores[..., :-1, -1], own], dim=-1).masked_fill(none, -torch.inf)
+        return tokens.softmax(-1) * logit.softmax(-1).unsqueeze(-1)
 
 
-def _scores_of_shared(query: Tensor, key: Tensor) -> Tensor:
-    """Scores (batch, kv_heads, group, columns, blocks, block_size) of blocks that all heads of a KV head share.
+class Places(NamedTuple):
+    """What follows from where queries stand in their blocks: angles and masks of columns at such offsets.
 
-    query: (batch, kv_heads, group, columns, blocks, head_dim), rotated to each block.
-    key: (batch, kv_heads, blocks, block_size, head_dim).
+    cos, sin: (batch, columns, 1, distances, head_dim): of the angles to each block that they may read, for retrieved
+        blocks the farthest first, one distance more than there are blocks; the own block, distance 0, last. The first
+        half of `sin` is negative.
+    hidden: (batch, 1, 1, columns, blocks, block_size), boolean: positions of the table that are no token to read.
     """
-    shape = query.shape[2:4]
-    rows = query.flatten(2, 3).transpose(2, 3)  # (batch, kv_heads, blocks, group * columns, head_dim)
-    scores = rows @ key.to(query.dtype).transpose(-1, -2)
-    return scores.transpose(2, 3).unflatten(2, shape)
+
+    cos: Tensor
+    sin: Tensor
+    hidden: Tensor
+
+    def at(self, offset: Tensor) -> Places:
+        """The rows `offset` (batch, columns) of tables over all offsets."""
+        cos, sin, hidden = (x[offset] for x in self)
+        return Places(cos.unsqueeze(2), sin.unsqueeze(2), hidden[:, None, None])
+
+    def turn(self, query: Tensor) -> Tensor:
+        """`query` (batch, columns, heads, 1, head_dim), rotated to all distances, in fp32 at least."""
+        return _turn(query, self.cos, self.sin)
+
+    def turn_key(self, key: Tensor) -> Tensor:
+        """`key` (batch, columns, kv_heads, head_dim), rotated by its offset."""
+        return _turn(key, self.cos[..., -1, :], self.sin[..., -1, :])
 
 
-def _read_shared(weights: Tensor, value: Tensor) -> Tensor:
-    """The weighted sum (batch, kv_heads, group, columns, head_dim) of the values of blocks that all heads share.
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(sin.dtype), sin)
 
-    value: (batch, kv_heads, blocks, block_size, head_dim).
+
+@functools.lru_cache(maxsize=8)
+def _places(rotary: RotaryTable, block_size: int, num_direct: int, k: int) -> Places:
+    """Tables over all offsets in a block, (block_size, ...). `num_direct`: blocks read directly, the own included."""
+    offset, distance = torch.arange(block_size), torch.arange(num_direct + k - (not k), -1, -1)
+    half = rotary.cos.shape[-1]
+    unit = torch.cat([rotary.cos.new_ones(half), rotary.cos.new_zeros(half)])  # rotated, it is (cos, sin)
+    # rotating twice: the sum of the positions may lie outside the rotary table
+    cos, sin = rotary.rotate(rotary.rotate(unit, offset).unsqueeze(1), distance * block_size).chunk(2, dim=-1)
+    hidden = (offset == block_size - 1).repeat(block_size, num_direct + k, 1)  # landmarks are no tokens
+    hidden[:, -1] |= offset > offset.unsqueeze(1)  # nor what comes later in the own block
+    return Places(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), hidden)
+
+
+class Candidates(NamedTuple):
+    """The blocks that a step may retrieve from.
+
+    number: (batch, 1): how many each row has; `most`: the largest.
+    first_recent: (batch, 1, 1, 1, 1): the first of each row's last k, negative if there are fewer.
+    row, recent: (batch, 1) and (batch, k): an index of those last k.
+    all: the block of each score that is compared, (batch, 1, 1, 1, scores), and whether it is none: all older
+        candidates, then the last k.
+    tied: the same where landmarks tie: of the older ones only the last k can be chosen.
     """
-    rows = weights.flatten(-2).flatten(2, 3)  # (batch, kv_heads, group * columns, blocks * block_size)
-    return (rows @ value.to(weights.dtype).flatten(2, 3)).unflatten(2, weights.shape[2:4])
+
+    number: Tensor
+    most: int
+    first_recent: Tensor
+    row: Tensor
+    recent: Tensor
+    all: tuple[Tensor, Tensor]
+    tied: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, number: Tensor, most: int, k: int) -> Candidates:
+        """For rows with `number` (batch, 1) candidates, and k of them retrieved."""
+        batch, first = len(number), number - k
+        recent, older = first + torch.arange(k), torch.arange(max(most - k, 1)).expand(batch, -1)
+        everything = torch.cat([older.masked_fill(older >= first, -1), recent], dim=1)
+        blocks = (x.view(batch, 1, 1, 1, -1) for x in (everything, number + torch.arange(-2 * k, 0)))
+        everything, tied = ((block, block < 0) for block in blocks)
+        row = torch.arange(batch).unsqueeze(1)
+        return cls(number, most, first.view(batch, 1, 1, 1, 1), row, recent.clamp_min(0), everything, tied)
