@@ -14,7 +14,7 @@ from finetune.checkpoints.output import checkpoints
 from finetune.checkpoints.resume import run_settings
 from finetune.run import main
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, landmark_attention
-from landmark_llama.attention import availability
+from landmark_llama.attention import availability, whole_rows
 from landmark_llama.kernel_check import KernelsDifferError, check_kernels
 from landmark_llama.reading import decoding_graphs, table
 
@@ -29,6 +29,7 @@ IDS = random_ids(1, 21)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention takes the kernels wherever it would on a GPU."""
     monkeypatch.setattr(availability, "kernels_run_on", lambda device: True)
+    monkeypatch.setattr(whole_rows, "_on_gpu", lambda query: True)
 
 
 def refuse(*_, **__) -> None:

@@ -126,12 +126,16 @@ def landmark_attention(
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     landmarks = landmark_query, landmark_bias
-    if kernels and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
+    if kernels and _on_gpu(query) and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
         from landmark_llama.attention.fused import fused_landmark_attention
 
         return fused_landmark_attention(query, key, value, block_size, scale)
     retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
     return blockwise_landmark_attention(query, key, value, block_size, scale, retrieval, *landmarks)
+
+
+def _on_gpu(query: Tensor) -> bool:
+    return query.is_cuda
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
