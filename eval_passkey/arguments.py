@@ -66,6 +66,9 @@ class Arguments:
         default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
     )
     local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
+    kernels: bool = field(
+        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
+    )
 
     def __post_init__(self) -> None:
         self._check_numbers()

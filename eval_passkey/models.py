@@ -45,10 +45,11 @@ class Subject:
         return {name: getattr(self.config, name) for name in names}
 
 
-def find_subject(option: str, name: str, retrieval: dict) -> Subject:
+def find_subject(option: str, name: str, retrieval: dict, kernels: bool = True) -> Subject:
     """Reads configuration and tokenizer of the model `name`, a folder or a hub id.
 
     retrieval: settings that replace those of a landmark model's configuration.
+    kernels: False: a landmark model attends by PyTorch on a GPU, too.
     InputError, naming `option`, if the model is not there or if `retrieval` is given for a model without landmarks.
     """
     _refuse_missing_folder(option, name)
@@ -65,6 +66,7 @@ def find_subject(option: str, name: str, retrieval: dict) -> Subject:
         raise InputError(f"{option} {name}: {flags} needs a landmark model, and this one is {config.model_type!r}")
     if subject.is_landmark:
         _replace_retrieval_settings(option, subject, retrieval)
+        subject.config.kernels = kernels
     return subject
 
 
@@ -102,6 +104,7 @@ def _load_adapter(option: str, subject: Subject, dtype: str, device: str) -> Pre
         raise InputError(f"{option} {subject.name}: the adapter cannot be loaded ({_first_line(error)})") from error
     for setting, value in subject.retrieval_settings.items():
         setattr(model.config, setting, value)
+    model.config.kernels = subject.config.kernels
     return model
 
 
@@ -115,10 +118,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def device_in_words(device: str) -> str:
-    """The GPU's name, or the machine's processor and the threads in use."""
+def device_in_words(device: str, kernels: bool = True) -> str:
+    """The GPU's name and whether the Triton kernels ran, or the machine's processor and the threads in use."""
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({device})"
+        return f"{torch.cuda.get_device_name(device)} ({device}{'' if kernels else ', no kernels'})"
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 

@@ -148,7 +148,7 @@ class PasskeyRun:
                 "haystack": self.args.haystack,
                 "training_context": self.subject.training_context,
                 "versions": versions(),
-                "device": device_in_words(self.args.device),
+                "device": device_in_words(self.args.device, self.args.kernels),
             }
         )
 
@@ -169,9 +169,9 @@ def make_tasks(args: Arguments, subject: Subject) -> list[Task]:
 def find_subjects(args: Arguments) -> dict[Role, Subject]:
     """The model and, if there is one, the baseline; retrieval settings are the model's."""
     retrieval = {name: getattr(args, name) for name in RETRIEVAL_SETTINGS if getattr(args, name) is not None}
-    subjects: dict[Role, Subject] = {"model": find_subject("--model", args.model, retrieval)}
+    subjects: dict[Role, Subject] = {"model": find_subject("--model", args.model, retrieval, args.kernels)}
     if args.baseline is not None:
-        subjects["baseline"] = find_subject("--baseline", args.baseline, {})
+        subjects["baseline"] = find_subject("--baseline", args.baseline, {}, args.kernels)
     return subjects
 
 

@@ -83,6 +83,9 @@ class Arguments:
         default=None, metadata={"help": "Landmark model: token_and_head; the others look ahead and are refused."}
     )
     local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
+    kernels: bool = field(
+        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
+    )
     always_stream: bool = field(
         default=False, metadata={"help": "Landmark model: read through its memory what fits its window, too."}
     )
@@ -236,7 +239,7 @@ class MethodRun:
             "data": self.args.data,
             "bootstrap_seed": self.args.seed,
             "versions": versions(),
-            "device": device_in_words(self.args.device),
+            "device": device_in_words(self.args.device, self.args.kernels),
         }
         self.results.write_summary(summary | more)
 
@@ -244,12 +247,12 @@ class MethodRun:
 def plan(args: Arguments) -> list[MethodRun]:
     """The model's run, and one for each method of the baseline."""
     retrieval = {name: getattr(args, name) for name in RETRIEVAL_SETTINGS if getattr(args, name) is not None}
-    model = find_subject("--model", args.model, retrieval)
+    model = find_subject("--model", args.model, retrieval, args.kernels)
     name = "landmark" if model.is_landmark else "dense"
     runs = [MethodRun(args, "model", model, Method(name, always_stream=args.always_stream), name)]
     if args.baseline is None:
         return runs
-    baseline = find_subject("--baseline", args.baseline, {})
+    baseline = find_subject("--baseline", args.baseline, {}, args.kernels)
     if baseline.is_landmark and args.baseline_methods:
         raise InputError(f"--baseline {args.baseline}: --baseline_methods needs a dense model, this one has landmarks")
     for chosen in dict.fromkeys(args.baseline_methods or ["landmark" if baseline.is_landmark else "dense"]):

@@ -57,12 +57,21 @@ class ModelArguments:
             "segments num_retrieved_blocks)"
         },
     )
+    landmark_key: str | None = field(
+        default=None, metadata={"help": "token, or pooled: what stands for a block is made of the block's own keys"}
+    )
+    landmark_query_rank: int | None = field(
+        default=None, metadata={"help": "rank of the calibration of the queries that score landmarks (0: none)"}
+    )
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )
     pad_vocabulary_to_multiple_of: int | None = field(
         default=None,
         metadata={"help": "rows of no token behind the embeddings, up to a multiple of this: 64 suits GPUs"},
+    )
+    kernels: bool = field(
+        default=True, metadata={"help": "false: PyTorch computes attention on a GPU, too, not the Triton kernels"}
     )
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
 

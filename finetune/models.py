@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from finetune.adapters import four_bit
 from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
 from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
+from landmark_llama.calibration import add_calibration
 from landmark_llama.checkpoints.conversion import checked_load
 
 LANDMARK_SETTINGS = (
@@ -26,6 +27,8 @@ LANDMARK_SETTINGS = (
     "local_attention",
     "retrieval_granularity",
     "train_retrieved_blocks",
+    "landmark_key",
+    "landmark_query_rank",
     "predict_from_landmark",
 )
 TOKENIZER_DOCUMENTS = 8000  # as many documents of the embedded corpus are enough for its tokenizer
@@ -90,6 +93,8 @@ def load_model(
         model = _load_landmark(model_args, config, settings, weights)
     else:
         model = _load_llama(model_args, config, tokenizer, settings, weights)
+    if model_args.attention == "landmark":
+        model.config.kernels = model_args.kernels
     if model_args.pad_vocabulary_to_multiple_of:
         pad_vocabulary(model, model_args.pad_vocabulary_to_multiple_of)
     return model
@@ -145,13 +150,16 @@ def _load_landmark(
         raise UserError(f"{name}: has landmarks and cannot be trained with --attention dense")
     if model_args.block_size not in (None, config.block_size):
         raise UserError(f"--block_size {model_args.block_size}: {name} has blocks of {config.block_size}")
+    rank = settings.pop("landmark_query_rank", config.landmark_query_rank)
     for key, value in settings.items():
         setattr(config, key, value)
     try:
         config.check()
+        model = _load(LandmarkLlamaForCausalLM, name, config=config, **weights)
+        add_calibration(model, rank)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return _load(LandmarkLlamaForCausalLM, name, config=config, **weights)
+    return model
 
 
 def _read_config(model_args: ModelArguments) -> PreTrainedConfig:

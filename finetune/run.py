@@ -51,6 +51,7 @@ from finetune.data.prepare import Rows, make_rows
 from finetune.demo.corpus import embedded_files
 from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
+from finetune.kernels import KernelCheck
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
 from finetune.passkeys import PassKeys
@@ -175,6 +176,8 @@ def _make_trainer(start: Start, run_args: RunArguments) -> LandmarkTrainer:
         callbacks=[CompleteCheckpoints(keep)],
     )
     trainer.callback_handler.callbacks.insert(0, throughput)  # first, so that trackers and lines see what it adds
+    if start.landmark_token_id is not None:
+        trainer.add_callback(KernelCheck(trainer))
     if run_args.eval_passkey_steps:
         context = start.rows.packing.context_length
         lengths = run_args.eval_passkey_lengths or [context, 4 * context]

@@ -11,6 +11,7 @@ from landmark_llama.hub import InstalledClass, auto_map, write_loader
 
 LocalAttention = Literal["sliding", "chunked"]
 RetrievalGranularity = Literal["token_and_head", "head", "token"]
+LandmarkKey = Literal["token", "pooled"]
 
 RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attention", "retrieval_granularity")
 
@@ -56,8 +57,13 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         `num_retrieved_blocks`.
     num_padded_tokens: rows at the end of both embeddings that belong to no token: they round the vocabulary up to a
         multiple of 64, say. They are never predicted.
+    landmark_key: what stands for a block where it is scored: the key of its landmark token (`"token"`, the paper's), or
+        one `"pooled"` of the block's own keys (`docs/landmark_keys.md`).
+    landmark_query_rank: rank of what each layer adds to its queries where they score landmarks; 0 for nothing.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
+    kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded
+        model, and is not saved: it concerns a machine, not a model.
 
     Raises:
         ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.
@@ -76,8 +82,11 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     local_attention: str = "sliding"
     retrieval_granularity: str = "token_and_head"
     train_retrieved_blocks: int | None = None
+    landmark_key: str = "token"
+    landmark_query_rank: int = 0
     predict_from_landmark: bool = False
     num_padded_tokens: int = 0
+    kernels: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.train_context_length is None:
@@ -85,6 +94,12 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         super().__post_init__(**kwargs)
         self._check_tokens()
         self.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: all fields but `kernels`."""
+        fields = super().to_dict()
+        fields.pop("kernels", None)
+        return fields
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As transformers', with what lets the Auto classes load the folder where the package was not imported."""
@@ -134,6 +149,9 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     def check(self) -> None:
         """Raises ValueError if the settings do not fit each other. Call it again after changing a field."""
         self.retrieval()
+        _one_of("landmark_key", self.landmark_key, LandmarkKey)
+        if self.landmark_query_rank < 0:
+            raise ValueError(f"landmark_query_rank={self.landmark_query_rank}: must not be negative; 0 for none")
         if self.train_retrieved_blocks is None:
             return
         if self.train_retrieved_blocks < 1:

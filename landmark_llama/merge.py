@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
-from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, LANDMARK_ROW, Adapter
+from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, LANDMARK_ROW, PREFIX, Adapter
+from landmark_llama.calibration import CALIBRATION
 from landmark_llama.checkpoints.conversion import mean_of_other_rows
 from landmark_llama.checkpoints.files import (
     GENERATION_CONFIG,
@@ -35,7 +36,6 @@ from landmark_llama.checkpoints.files import (
 )
 from landmark_llama.configuration import LandmarkLlamaConfig
 
-PREFIX = "base_model.model."
 # Fields of adapter_config.json that change what an adapter computes and that this file does not implement.
 UNSUPPORTED_FIELDS = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
@@ -74,9 +74,9 @@ def merge_adapter(
     is_vanilla = not isinstance(base_config, LandmarkLlamaConfig)
     meta = _merged_meta(adapter, weights)
     with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as adapter_weights:
-        merged = _merger(adapter, is_vanilla, adapter_weights, set(meta))
+        merged = _merger(adapter, is_vanilla, adapter_weights, weights, set(meta))
         with staged(output) as staging:
-            write_weights(staging, meta, lambda name: merged(name, weights.read(name)), max_shard_size)
+            write_weights(staging, meta, merged, max_shard_size)
             tokenizer.save_pretrained(staging)
             copy_files(weights.folder, staging, (GENERATION_CONFIG,))
             config = adapter.config
@@ -103,25 +103,31 @@ def _merged_meta(adapter: Adapter, base: Checkpoint) -> dict[str, Tensor]:
         meta[name] = weight.new_empty(rows, *weight.shape[1:])
     if INPUT_ROWS not in meta:
         raise OSError(f"{base.folder}: its weight files hold no {INPUT_ROWS}, so they are not the weights of a LLaMA")
-    return meta
+    return meta | {name: meta[INPUT_ROWS].new_empty(shape) for name, shape in adapter.calibration().items()}
 
 
-def _merger(adapter: Adapter, is_vanilla: bool, weights: safe_open, names: set[str]) -> Callable[[str, Tensor], Tensor]:
-    """Returns a function that takes a base tensor and its name and returns the merged tensor.
+def _merger(
+    adapter: Adapter, is_vanilla: bool, weights: safe_open, base: Checkpoint, names: set[str]
+) -> Callable[[str], Tensor]:
+    """Returns a function that takes a tensor's name and returns the merged tensor.
 
     Args:
         is_vanilla: the base has no landmark yet; it then gets the same rows as from `from_llama`.
         weights: the adapter's weight file, opened.
-        names: the base's tensors. Every target of the adapter must be one of them.
+        base: the base's weights.
+        names: the merged model's tensors. Every target of the adapter must be one of them.
     """
     peft = adapter.peft
     _refuse_unsupported(adapter)
-    targets = _lora_targets(adapter, names)
+    targets, calibration = _lora_targets(adapter, names), adapter.calibration()
     rank = peft["r"]
     scale = peft["lora_alpha"] / (rank**0.5 if peft.get("use_rslora") else rank)
     vocab_size, landmark_id = adapter.config.vocab_size, adapter.config.landmark_token_id
 
-    def merged(name: str, weight: Tensor) -> Tensor:
+    def merged(name: str) -> Tensor:
+        if name in calibration:
+            return weights.get_tensor(PREFIX + name).to(base.meta[INPUT_ROWS].dtype)
+        weight = base.read(name)
         if name in (INPUT_ROWS, OUTPUT_ROWS):
             if is_vanilla:
                 row = mean_of_other_rows(weight, landmark_id)
@@ -141,7 +147,8 @@ def _merger(adapter: Adapter, is_vanilla: bool, weights: safe_open, names: set[s
 def _refuse_unsupported(adapter: Adapter) -> None:
     """Raises ValueError unless the adapter is plain LoRA, which is all that can be merged here."""
     peft = adapter.peft
-    unsupported = [field for field in UNSUPPORTED_FIELDS if peft.get(field)]
+    supported = {"modules_to_save": [CALIBRATION]}
+    unsupported = [name for name in UNSUPPORTED_FIELDS if peft.get(name) and peft[name] != supported.get(name)]
     if peft.get("bias", "none") != "none":
         unsupported.append("bias")
     if peft.get("init_lora_weights", True) not in (True, False, "gaussian"):
@@ -156,7 +163,7 @@ def _refuse_unsupported(adapter: Adapter) -> None:
 
 def _lora_targets(adapter: Adapter, names: set[str]) -> set[str]:
     """Names of the base's weights that the adapter changes. Raises ValueError unless each has both LoRA matrices."""
-    matrices = adapter.names - {LANDMARK_ROW}
+    matrices = adapter.names - {LANDMARK_ROW} - {PREFIX + name for name in adapter.calibration()}
     targets = {name.removeprefix(PREFIX).partition(".lora_")[0] + ".weight" for name in matrices}
     expected = {f"{PREFIX}{target.removesuffix('.weight')}.lora_{x}.weight" for target in targets for x in "AB"}
     unpaired_or_unknown = (matrices ^ expected) | (targets - names)

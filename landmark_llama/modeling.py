@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
 
 from landmark_llama.attention import WholeRows
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.view import View
+from landmark_llama.calibration import CalibratedAttention
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.generation import LandmarkGenerationMixin
@@ -39,7 +40,7 @@ from landmark_llama.rows.documents import Documents, packed_positions
 from landmark_llama.rows.layout import Rows, compact
 
 
-class LandmarkLlamaAttention(LlamaAttention):
+class LandmarkLlamaAttention(CalibratedAttention):
     """LLaMA's projections around the attention of a view."""
 
     def forward(
@@ -58,12 +59,15 @@ class LandmarkLlamaAttention(LlamaAttention):
         """
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
+        pooled = self.config.landmark_key == "pooled"
+        query = None if fill_cache_only and not pooled else self.q_proj(hidden_states).view(shape)
+        settings = {"layer_idx": self.layer_idx, "rotary": rotary, "scale": self.scaling * rotary.scaling**2}
         if fill_cache_only:
-            view.fill_cache_only(key, value, layer_idx=self.layer_idx, rotary=rotary)
+            view.fill_cache_only(query, key, value, **settings)
             return None, None
-        query = self.q_proj(hidden_states).view(shape)
-        scale = self.scaling * rotary.scaling**2
-        output = view.attend(query, key, value, layer_idx=self.layer_idx, rotary=rotary, scale=scale)
+        if self.landmark_calibration is not None:
+            settings["landmark_query"] = (query + self.landmark_calibration(hidden_states).view(shape)).to(query.dtype)
+        output = view.attend(query, key, value, **settings)
         return self.o_proj(output.flatten(2)), None
 
 
@@ -123,7 +127,9 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         if output_attentions:
             raise ValueError("output_attentions=True: attention weights are never formed whole and cannot be returned")
         cache = LandmarkCache(self.config) if past_key_values is None and use_cache else past_key_values
-        _check_cache(cache)
+        if cache is not None and not isinstance(cache, LandmarkCache):
+            problem = f"past_key_values: a {type(cache).__name__} cannot hold landmark blocks"
+            raise ValueError(f"{problem}; pass LandmarkCache(model.config)")
         content = check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         if cu_seq_lens_q is not None or seq_idx is not None:
             position_ids = packed_positions(content.shape[:2], position_ids, cu_seq_lens_q, seq_idx)
@@ -155,14 +161,14 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
 
     def _view_of_all(self, rows: Rows, cache: LandmarkCache | None, retrieval: tuple) -> View | None:
         """The view of a call that goes through the layers as a whole; None for one that is streamed."""
-        config, layout = self.config, rows.layout
+        config, layout, pooled = self.config, rows.layout, self.config.landmark_key == "pooled"
         if self.training and cache is not None:
             settings = check_segment(config, layout, *retrieval)
-            return Segment.of(layout, cache, settings.num_retrieved_blocks)
+            return Segment.of(layout, cache, settings.num_retrieved_blocks, pooled)
         direct = 0
         if config.train_retrieved_blocks is not None or any(x is not None for x in retrieval):
             direct = config.retrieval(*retrieval).num_direct_blocks
-        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct)
+        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, config.kernels, pooled)
         longest = config.train_context_length
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)
@@ -186,13 +192,10 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
 
     def _records_steps(self, cache: LandmarkCache | None) -> bool:
         """Whether decoding steps are recorded as CUDA graphs: as chunks of a stream."""
+        if cache is None or cache.graphs is None or not self.config.kernels:
+            return False
         weight = self.embed_tokens.weight
-        table = self._rotary_table(weight.device)
-        return (
-            cache is not None
-            and cache.graphs is not None
-            and cache.graphs.can_record(cache.storages, weight.dtype, table)
-        )
+        return cache.graphs.can_record(cache.storages, weight.dtype, self._rotary_table(weight.device))
 
     @torch.no_grad()
     def _decode(self, content: Tensor, step: DecodingStep, logits_to_keep: int | Tensor) -> Tensor:
@@ -330,10 +333,7 @@ class LandmarkLlamaForCausalLM(
             logits = self._logits(states if everything else _keep(states, logits_to_keep))
             loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -381,13 +381,6 @@ class LandmarkLlamaForCausalLM(
             total = total + nn.functional.cross_entropy(scores, target.flatten(), ignore_index=-100, reduction="sum")
         items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
-
-
-def _check_cache(cache: LandmarkCache | None) -> None:
-    if cache is not None and not isinstance(cache, LandmarkCache):
-        raise ValueError(
-            f"past_key_values: a {type(cache).__name__} cannot hold landmark blocks; pass LandmarkCache(model.config)"
-        )
 
 
 def _take(states: Tensor, column: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from landmark_llama.calibration import LandmarkCalibration
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.hub import InstalledClass
 from landmark_llama.model_card import model_card, write_card
@@ -18,6 +21,12 @@ class LandmarkPreTrained(InstalledClass):
     _no_split_modules = ["LandmarkLlamaDecoderLayer"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
     _can_compile_fullgraph = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LandmarkCalibration):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -119,6 +119,11 @@ def _check_is_landmark_llama(source: str | os.PathLike[str], files: Checkpoint) 
             f"{source}: model_type is {model_type!r}, not {LandmarkLlamaConfig.model_type!r}; a model of the paper's "
             "released code has to be imported first: python -m landmark_llama.import_released"
         )
+    if rank := read_json(files.folder / "config.json").get("landmark_query_rank"):
+        raise ValueError(
+            f"{source}: landmark_query_rank={rank}: a LLaMA has nothing that the weights of a calibration could be a "
+            "difference from; publish an adapter, or the whole model"
+        )
 
 
 def recover(

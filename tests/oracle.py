@@ -2,7 +2,9 @@
 
 It shares no code with the library. Keys and queries have absolute positions in the window (the paper's stingy mapping)
 and are rotated anew for every query. Blocks are chosen by sorting Python tuples. Attention is the two softmaxes of the
-definition. It reads one row without padding, with default RoPE.
+definition. Where landmark keys are pooled, there are none: a landmark's score is the mean of its block's scores,
+weighed by what the landmark's own query makes of the block, and the entropy of those weights. It reads one row without
+padding, with default RoPE.
 """
 
 import math
@@ -33,7 +35,9 @@ class Oracle:
         frequency = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=dtype)
         angle = torch.arange(c.train_context_length, dtype=dtype).unsqueeze(1) * frequency
         self.cos, self.sin = angle.cos(), angle.sin()
+        self.pooled = c.landmark_key == "pooled"
         self.tokens: list[int] = []  # landmarked
+        self.shares: list[list[Tensor]] = [[] for _ in range(c.num_hidden_layers)]  # (kv_heads, block_size - 1) a block
         self.cache: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(c.num_hidden_layers)]
         self.chosen: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(c.num_hidden_layers)]
 
@@ -82,18 +86,51 @@ class Oracle:
             keys, values = self.cache[layer]
             keys += key.view(stop - start, -1, c.head_dim).unbind(0)
             values += value.view(stop - start, -1, c.head_dim).unbind(0)
-            if layer == 0:  # all landmarks have the same embedding, so their keys must be bitwise equal
+            query = query.view(stop - start, -1, c.head_dim)
+            scoring = query
+            if c.landmark_query_rank:
+                down, up = (self.weights[f"{name}.self_attn.landmark_calibration.{part}"] for part in ("down", "up"))
+                scoring = query + (x @ down.T @ up.T).view(query.shape)
+            if self.pooled:
+                self.shares[layer] += [
+                    self._shares(keys, query[place - start], place)
+                    for place in range(start, stop)
+                    if self._is_landmark(place)
+                ]
+            elif layer == 0:  # all landmarks have the same embedding, so their keys must be bitwise equal
                 landmarks = [place for place in range(len(keys)) if self._is_landmark(place)]
                 for place in landmarks:
                     keys[place] = keys[landmarks[0]]
-            attended = self._attend(layer, query.view(stop - start, -1, c.head_dim), start)
+            attended = self._attend(layer, query, scoring, start)
             states = states + self._linear(attended.flatten(1), f"{name}.self_attn.o_proj")
             x = self._norm(states, f"{name}.post_attention_layernorm")
             gate = torch.nn.functional.silu(self._linear(x, f"{name}.mlp.gate_proj"))
             states = states + self._linear(gate * self._linear(x, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
         return self._norm(states, "model.norm")
 
-    def _attend(self, layer: int, query: Tensor, start: int) -> Tensor:
+    def _shares(self, keys: list[Tensor], query: Tensor, place: int) -> Tensor:
+        """What the mean query of each KV head makes of the block that ends with the landmark at `place`."""
+        c, size = self.config, self.config.block_size
+        offsets = list(range(size - 1))
+        mean = query.view(c.num_key_value_heads, -1, c.head_dim).mean(1)
+        block = [keys[place - size + 1 + offset] for offset in offsets]
+        scores = [
+            self._score(mean[head], size - 1, [key[head] for key in block], offsets)
+            for head in range(c.num_key_value_heads)
+        ]
+        return torch.stack(scores).softmax(-1)
+
+    def _landmark_score(self, layer: int, query: Tensor, here: int, block: int, slot: int, kv_head: int) -> Tensor:
+        """Score (1,) of the landmark of a block that stands in a slot."""
+        size, keys = self.config.block_size, self.cache[layer][0]
+        if not self.pooled:
+            return self._score(query, here, [keys[(block + 1) * size - 1][kv_head]], [(slot + 1) * size - 1])
+        members = [keys[block * size + offset][kv_head] for offset in range(size - 1)]
+        scores = self._score(query, here, members, list(range(slot * size, (slot + 1) * size - 1)))
+        share = self.shares[layer][block][kv_head]
+        return (share * (scores - share.log())).sum(0, keepdim=True)
+
+    def _attend(self, layer: int, query: Tensor, scoring: Tensor, start: int) -> Tensor:
         c = self.config
         heads = c.num_attention_heads
         share = heads // c.num_key_value_heads
@@ -101,7 +138,7 @@ class Oracle:
         block = {place: place // c.block_size for place in places}
         direct = {p: max(0, block[p] - self.local) if self.sliding else start // c.block_size for p in places}
         block_scores = {
-            (p, h): self._block_scores(layer, query[p - start, h], p, direct[p], h // share)
+            (p, h): self._block_scores(layer, scoring[p - start, h], p, direct[p], h // share)
             for p in places
             for h in range(heads)
         }
@@ -119,21 +156,21 @@ class Oracle:
                 ranking = sorted(range(direct[p]), key=lambda b: (best[b], b), reverse=True)
                 chosen = sorted(ranking[: self.k])
                 self.chosen[layer][p, h] = chosen
-                output[p - start, h] = self._weigh(layer, query[p - start, h], p, direct[p], h // share, chosen)
+                queries = query[p - start, h], scoring[p - start, h]
+                output[p - start, h] = self._weigh(layer, *queries, p, direct[p], h // share, chosen)
         return output
 
     def _block_scores(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int) -> list[float]:
         """A query's score for each candidate block: its landmark's, or the log-softmax of it if choices are shared."""
-        c = self.config
         recent = min(self.k, direct)
         if not direct:
             return []
         slots = [max(0, candidate - (direct - recent) + 1) for candidate in range(direct)]
-        landmarks = [self.cache[layer][0][(candidate + 1) * c.block_size - 1][kv_head] for candidate in range(direct)]
-        places = [slot * c.block_size + c.block_size - 1 for slot in slots]
         here = self._place(place, direct)
         # one by one: a product with several keys may round equal scores differently
-        scores = torch.cat([self._score(query, here, [key], [at]) for key, at in zip(landmarks, places, strict=True)])
+        scores = torch.cat(
+            [self._landmark_score(layer, query, here, block, slot, kv_head) for block, slot in enumerate(slots)]
+        )
         return (scores if self.granularity == "token_and_head" else scores.log_softmax(0)).tolist()
 
     def _place(self, place: int, direct: int) -> int:
@@ -149,7 +186,9 @@ class Oracle:
         real, imaginary = x.chunk(2, dim=-1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
-    def _weigh(self, layer: int, query: Tensor, place: int, direct: int, kv_head: int, chosen: list[int]) -> Tensor:
+    def _weigh(
+        self, layer: int, query: Tensor, scoring: Tensor, place: int, direct: int, kv_head: int, chosen: list[int]
+    ) -> Tensor:
         """The output of one query and head: a softmax over the own group, and one inside each other block."""
         c = self.config
         own_block, here = place // c.block_size, self._place(place, direct)
@@ -167,8 +206,8 @@ class Oracle:
 
         group, parts = [], []
         for b, slot in slots.items():
-            ordinary, landmark = list(range(b * c.block_size, (b + 1) * c.block_size - 1)), (b + 1) * c.block_size - 1
-            group.append(scores([landmark], slot))
+            ordinary = list(range(b * c.block_size, (b + 1) * c.block_size - 1))
+            group.append(self._landmark_score(layer, scoring, here, b, slot, kv_head))
             parts.append((scores(ordinary, slot).softmax(0) @ contents(ordinary)).unsqueeze(0))
         own = [at for at in range(own_block * c.block_size, place + 1) if not self._is_landmark(at)]
         group.append(scores(own, here // c.block_size))

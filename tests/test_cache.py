@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import in_float64, logits_in_calls, ragged, random_ids, tiny_config, tiny_model
+from tiny import every_landmark, in_float64, logits_in_calls, ragged, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache, LlamaConfig
 
 from landmark_llama import LandmarkCache
@@ -10,11 +10,12 @@ from landmark_llama import LandmarkCache
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@every_landmark
 @pytest.mark.parametrize("local_attention", ["sliding", "chunked"])
 @pytest.mark.parametrize("turns", [[1, 2, 3, 4, 50], [11, 12, 13, 24], [3, 3, 3, 51], [59, 1], [2] * 30], ids=str)
-def test_turns_may_end_and_begin_anywhere_in_a_block(turns: list[int], local_attention: str) -> None:
+def test_turns_may_end_and_begin_anywhere_in_a_block(landmark: dict, turns: list[int], local_attention: str) -> None:
     # chunked attention does depend on the calls: there the same turns without padding are the measure
-    model, ids = in_float64(tiny_model(local_attention=local_attention)), random_ids(1, 60)
+    model, ids = in_float64(tiny_model(local_attention=local_attention, **landmark)), random_ids(1, 60)
     expected = logits_in_calls(model, ids, [] if local_attention == "sliding" else turns)
     cache, padded = LandmarkCache(model.config), []
     for turn in ids.split(turns, dim=1):
@@ -25,9 +26,10 @@ def test_turns_may_end_and_begin_anywhere_in_a_block(turns: list[int], local_att
     assert cache.get_seq_length() == 60 + 2 * len(turns)
 
 
+@every_landmark
 @pytest.mark.parametrize("removed", [1, 2, 3, 4, 17, 50])
-def test_what_is_cropped_is_forgotten(removed: int) -> None:
-    model, ids = in_float64(tiny_model()), random_ids(2, 50)
+def test_what_is_cropped_is_forgotten(landmark: dict, removed: int) -> None:
+    model, ids = in_float64(tiny_model(**landmark)), random_ids(2, 50)
     more = random_ids(2, 20, seed=1)
     expected = logits_in_calls(model, torch.cat([ids[:, : 50 - removed], more], dim=1), [])[:, -20:]
     for crop in (-removed, 50 - removed):
@@ -56,6 +58,7 @@ def test_cropping_counts_columns_padding_included() -> None:
         cache.crop(-4)
 
 
+@every_landmark
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
@@ -65,8 +68,8 @@ def test_cropping_counts_columns_padding_included() -> None:
     ],
     ids=["reorder", "select", "repeat"],
 )
-def test_rows_become_what_other_rows_were(change, rows: list[int]) -> None:
-    model = in_float64(tiny_model())
+def test_rows_become_what_other_rows_were(landmark: dict, change, rows: list[int]) -> None:
+    model = in_float64(tiny_model(**landmark))
     texts = [random_ids(length, seed=length) for length in (60, 31, 4)]
     more = random_ids(len(rows), 10, seed=9)
     cache = LandmarkCache(model.config)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LANDMARK, in_float64, ragged, random_ids, tiny_model
+from tiny import LANDMARK, every_landmark, in_float64, ragged, random_ids, tiny_model
 from tolerance import assert_as_accurate
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
@@ -57,15 +57,16 @@ def gradients(model: LandmarkLlamaForCausalLM) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
+@every_landmark
 @every_batching
 @both_speakers
 @pytest.mark.parametrize("block_size", [2, 3, 4, 16])
 def test_a_packed_document_has_the_logits_that_it_has_alone(
-    block_size: int, predict_from_landmark: bool, call_scores: int, monkeypatch: pytest.MonkeyPatch
+    landmark: dict, block_size: int, predict_from_landmark: bool, call_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CALL_SCORES", call_scores)
     window = {"block_size": block_size, "train_context_length": 48, "max_position_embeddings": 48}
-    window |= {"num_retrieved_blocks": 1, "predict_from_landmark": predict_from_landmark}
+    window |= {"num_retrieved_blocks": 1, "predict_from_landmark": predict_from_landmark, **landmark}
     model, rows = tiny_model(**window), texts()
     double = in_float64(model)
     for side in ("right", "left"):
@@ -76,16 +77,17 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(
         assert_as_accurate(logits[real], alone(model, rows), alone(double, rows))
 
 
+@every_landmark
 @every_batching
 @both_speakers
 def test_packed_documents_have_the_loss_and_the_gradients_that_they_have_alone(
-    predict_from_landmark: bool, call_scores: int, monkeypatch: pytest.MonkeyPatch
+    landmark: dict, predict_from_landmark: bool, call_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CALL_SCORES", call_scores)
     rows = texts()
     results = {}
     for name in ("packed", "plain", "reference"):
-        model = tiny_model(predict_from_landmark=predict_from_landmark).train()
+        model = tiny_model(**landmark, predict_from_landmark=predict_from_landmark).train()
         model = model if name == "plain" else in_float64(model).train()
         if name == "packed":
             loss = model(**pack(rows)).loss

@@ -176,7 +176,14 @@ def test_a_run_that_began_when_rows_still_held_landmarks_goes_on_bit_for_bit(
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_one_sentence(base: Path, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "finetune" / "run.py"), *flags(base, data, tmp_path, "--max_steps", "100000")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that a shell runs in the background ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not checkpoints(tmp_path) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

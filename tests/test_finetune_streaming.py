@@ -1,5 +1,6 @@
 """Rows from a stream: the same every time, mixed and shuffled, in bounded memory; whole runs on them."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -78,16 +79,21 @@ def test_a_stream_shuffles_files_and_rows_and_reads_all_before_it_starts_again(
     assert max(counts.values()) - min(counts.values()) <= 2
 
 
-def test_rows_of_a_stream_are_those_that_are_stored(tmp_path: Path, tokenizer) -> None:
-    texts = [f"document {i} " + "x" * (i % 90) for i in range(300)]
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    for kind in ("join", "apart"):
-        rows = stream_of(tmp_path, tokenizer, pack_documents=kind)
-        row = next(iter(rows.train))
-        names = {"input_ids", "labels"} | ({"position_ids", "attention_mask"} if kind == "apart" else set())
-        assert row.keys() == rows.heldout[0].keys() == names
-        columns = 64 if kind == "apart" else 56
-        assert all(column.shape == (columns,) and column.dtype == torch.long for column in row.values())
+@pytest.mark.parametrize("kind", ["join", "whole", "apart"])
+def test_rows_of_a_stream_are_those_that_are_stored(kind: str, tmp_path: Path, tokenizer) -> None:
+    files = (tmp_path / "train.jsonl", tmp_path / "heldout.jsonl")
+    for file in files:
+        write_jsonl(file, [f"{file.stem} document {i} " + "x" * (i % 90) for i in range(60)])
+    data = DataArguments(data=["embedded"], context_length=64, preprocessing_workers=1, pack_documents=kind)
+    stored = make_rows(data, tokenizer, 8, files, seed=0)
+    stream = make_rows(dataclasses.replace(data, streaming=True, shuffle_buffer=1), tokenizer, 8, files, seed=0)
+    once = itertools.islice(stream.train, len(stored.train))
+    for streamed, rows in ((once, stored.train), (stream.heldout, stored.heldout)):
+        assert len(rows) > 20
+        for row, expected in zip(streamed, rows, strict=True):
+            assert row.keys() == expected.keys()
+            for name, column in row.items():
+                assert column.dtype == torch.long and torch.equal(column, expected[name])
 
 
 def test_held_out_documents_are_never_trained_on(tmp_path: Path, tokenizer) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import LANDMARK, in_float64, ragged, random_ids, tiny_model
+from tiny import LANDMARK, every_landmark, in_float64, ragged, random_ids, tiny_model
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,9 +48,10 @@ def read_in_segments(model: LandmarkLlamaForCausalLM, ids: Tensor, tokens: int, 
         return [model(part, past_key_values=cache, **settings).logits for part in ids.split(tokens, dim=1)]
 
 
+@every_landmark
 @pytest.mark.parametrize("tied", [False, True])
-def test_one_segment_is_an_ordinary_training_step(tied: bool) -> None:
-    model, ids = tiny_model(tie_word_embeddings=tied).train(), random_ids(2, 24)
+def test_one_segment_is_an_ordinary_training_step(landmark: dict, tied: bool) -> None:
+    model, ids = tiny_model(tie_word_embeddings=tied, **landmark).train(), random_ids(2, 24)
     loss = model(ids, labels=ids, num_items_in_batch=1).loss
     loss.backward()
     expected = gradients(model)
@@ -94,9 +95,12 @@ def test_where_every_block_is_retrieved_segments_are_one_forward_with_earlier_ke
         torch.testing.assert_close(actual[name], grad, msg=name)
 
 
+@every_landmark
 @pytest.mark.parametrize("num_retrieved_blocks", [0, 1, 2, 4])
-def test_a_segment_sees_what_chunked_reading_sees(num_retrieved_blocks: int) -> None:
-    model = in_float64(tiny_model(num_retrieved_blocks=num_retrieved_blocks, num_local_blocks=0, num_hidden_layers=3))
+def test_a_segment_sees_what_chunked_reading_sees(landmark: dict, num_retrieved_blocks: int) -> None:
+    model = in_float64(
+        tiny_model(num_retrieved_blocks=num_retrieved_blocks, num_local_blocks=0, num_hidden_layers=3, **landmark)
+    )
     ids, tokens = random_ids(2, 100), (8 - num_retrieved_blocks - 1) * BLOCK
     expected = read_in_segments(model, ids, tokens)
     _, logits = train_in_segments(model.train(), ids, tokens)
@@ -104,8 +108,9 @@ def test_a_segment_sees_what_chunked_reading_sees(num_retrieved_blocks: int) -> 
         torch.testing.assert_close(actual, read)
 
 
-def test_the_gradient_of_a_segment_is_the_derivative_of_its_loss_with_the_cache_held_fixed() -> None:
-    model, ids = in_float64(tiny_model(num_retrieved_blocks=2)).train(), random_ids(2, 60)
+@every_landmark
+def test_the_gradient_of_a_segment_is_the_derivative_of_its_loss_with_the_cache_held_fixed(landmark: dict) -> None:
+    model, ids = in_float64(tiny_model(num_retrieved_blocks=2, **landmark)).train(), random_ids(2, 60)
     cache = LandmarkCache(model.config)
     train_in_segments(model, ids[:, :45], 15, cache)
     model.zero_grad()

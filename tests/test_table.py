@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Oracle
-from tiny import in_float64, logits_in_calls, ragged, random_ids, tiny_model
+from tiny import LANDMARKS, every_landmark, in_float64, logits_in_calls, ragged, random_ids, tiny_model
 from tolerance import assert_as_accurate
 from torch import Tensor
 
@@ -38,13 +38,14 @@ def read(oracle: Oracle, ids: Tensor, calls: list[int]) -> Tensor:
     return torch.cat([oracle.read(part.tolist()) for part in parts])
 
 
+@every_landmark
 @pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("cut", ["one_call", "mixed"])
 def test_streaming_is_the_block_table_of_the_design_token_by_token(
-    local_attention: str, granularity: str, cut: str
+    landmark: dict, local_attention: str, granularity: str, cut: str
 ) -> None:
-    model, ids = tiny_model(), random_ids(55)
+    model, ids = tiny_model(**landmark), random_ids(55)
     settings = settings_of(local_attention, granularity)
     expected = read(Oracle(model, **settings), ids, CUTS[cut])
     actual = logits_in_calls(in_float64(model), ids.unsqueeze(0), CUTS[cut], **settings)[0]
@@ -66,6 +67,10 @@ SHAPES = {
     "one_kv_head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True},
+    "pooled_multi_head": {"num_key_value_heads": 4, **LANDMARKS["pooled_and_calibrated"]},
+    "pooled_odd_blocks": {"block_size": 5, "train_context_length": 33, **LANDMARKS["pooled_and_calibrated"]},
+    "pooled_one_token_blocks": {"block_size": 2, "train_context_length": 14, **LANDMARKS["pooled"]},
+    "pooled_without_local_blocks": {"num_local_blocks": 0, **LANDMARKS["pooled_and_calibrated"]},
 }
 
 
@@ -79,10 +84,11 @@ def test_the_block_table_holds_for_every_shape_of_window(shape: dict, local_atte
     torch.testing.assert_close(logits_in_calls(in_float64(model), ids.unsqueeze(0), calls)[0], expected)
 
 
+@every_landmark
 @pytest.mark.parametrize("cut", [name for name in CUTS if name != "one_call"])
 @pytest.mark.parametrize("predict_from_landmark", [False, True])
-def test_any_chunking_gives_the_same_logits(cut: str, predict_from_landmark: bool) -> None:
-    model, ids = tiny_model(predict_from_landmark=predict_from_landmark), random_ids(2, 90)
+def test_any_chunking_gives_the_same_logits(landmark: dict, cut: str, predict_from_landmark: bool) -> None:
+    model, ids = tiny_model(predict_from_landmark=predict_from_landmark, **landmark), random_ids(2, 90)
     exact = in_float64(model)
     reference = logits_in_calls(exact, ids, [])
     torch.testing.assert_close(logits_in_calls(exact, ids, CUTS[cut]), reference)
@@ -100,23 +106,27 @@ def test_any_chunking_inside_a_call_gives_the_same_logits(monkeypatch: pytest.Mo
         torch.testing.assert_close(logits_in_calls(model, ids, [55, 1, 31]), expected)
 
 
+@every_landmark
 @pytest.mark.parametrize("num_retrieved_blocks", [2, 5])
-def test_choices_shared_within_a_block_do_not_depend_on_calls_that_end_with_blocks(num_retrieved_blocks: int) -> None:
-    model = in_float64(tiny_model(retrieval_granularity="head", num_retrieved_blocks=num_retrieved_blocks))
+def test_choices_shared_within_a_block_do_not_depend_on_calls_that_end_with_blocks(
+    landmark: dict, num_retrieved_blocks: int
+) -> None:
+    model = in_float64(tiny_model(retrieval_granularity="head", num_retrieved_blocks=num_retrieved_blocks, **landmark))
     ids = random_ids(1, 90)
     expected = logits_in_calls(model, ids, [])
     for calls in ([3] * 30, [30, 3, 45], [60]):
         torch.testing.assert_close(logits_in_calls(model, ids, calls), expected)
 
 
+@every_landmark
 @every_mode
 @pytest.mark.parametrize("predict_from_landmark", [False, True])
 def test_streaming_equals_one_forward_over_everything_when_all_blocks_fit_the_table(
-    local_attention: str, granularity: str, predict_from_landmark: bool
+    landmark: dict, local_attention: str, granularity: str, predict_from_landmark: bool
 ) -> None:
     settings = settings_of(local_attention, granularity)
     # window of 8 blocks: 2 retrieved, 4 direct ones and the own one are all 7 blocks of a text of 21 tokens
-    model = tiny_model(predict_from_landmark=predict_from_landmark, **settings)
+    model = tiny_model(predict_from_landmark=predict_from_landmark, **settings, **landmark)
     exact, ids = in_float64(model), random_ids(2, 21)
     expected = exact(ids).logits
     # chunked, the last call begins when there are only as many blocks as are retrieved
@@ -236,8 +246,9 @@ def test_a_left_padded_batch_gives_each_row_what_it_gets_alone(
         torch.testing.assert_close(together[i, -len(row) :], alone)
 
 
-def test_padding_anywhere_is_as_if_it_were_not_there() -> None:
-    model, ids = in_float64(tiny_model()), random_ids(1, 70)
+@every_landmark
+def test_padding_anywhere_is_as_if_it_were_not_there(landmark: dict) -> None:
+    model, ids = in_float64(tiny_model(**landmark)), random_ids(1, 70)
     mask = torch.rand(1, 70) > 0.4
     mask[0, -9:] = False
     expected = model(ids[:, mask[0]], use_cache=True).logits

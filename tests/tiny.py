@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +25,15 @@ BASE = {
     "pad_token_id": 0,
 }
 WINDOW = {"landmark_token_id": LANDMARK, "block_size": 4, "num_retrieved_blocks": 2}  # 8 blocks, 4 of them local
+
+# how blocks are scored: by the landmark token's key, by a pooled one, and each with a query of the landmarks' own
+LANDMARKS = {
+    "token": {},
+    "calibrated": {"landmark_query_rank": 3},
+    "pooled": {"landmark_key": "pooled"},
+    "pooled_and_calibrated": {"landmark_key": "pooled", "landmark_query_rank": 3},
+}
+every_landmark = pytest.mark.parametrize("landmark", LANDMARKS.values(), ids=LANDMARKS.keys())
 
 
 def sharpen(model: torch.nn.Module, seed: int = 0) -> None:
@@ -65,7 +75,7 @@ def random_ids(*shape: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Tens
 
 def in_float64(model: LandmarkLlamaForCausalLM) -> LandmarkLlamaForCausalLM:
     """A copy, with default RoPE, that computes everything in float64, also the norms and the RoPE table."""
-    copy = type(model)(model.config).eval()
+    copy = type(model)(model.config).eval().double()
     copy.load_state_dict(model.state_dict())
     for name, module in list(copy.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":

@@ -30,7 +30,7 @@ RESULT_SETTINGS = (
     "data_seed", "bf16", "fp16",
 )  # fmt: skip
 # What decides where and how fast, and `skip_bad_rows`: rows before a bad one are the same with and without it.
-FREE_SETTINGS = ("corpus_folder", "preprocessing_workers", "skip_bad_rows")
+FREE_SETTINGS = ("corpus_folder", "preprocessing_workers", "skip_bad_rows", "kernels")
 # What may change where `--resume_from_checkpoint` asks for it: how long, and how a step's rows are shared out.
 LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
 BATCH_SETTINGS = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")

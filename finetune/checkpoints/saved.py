@@ -5,7 +5,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
-ADAPTER_NAME = "default"  # peft's own, which it leaves out of the names in its files
+# peft's own parts of a name, which it leaves out of the names in its files: of an adapter, of a module trained whole
+PEFT_PARTS = ("default", "modules_to_save")
 
 
 def trained_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -13,11 +14,11 @@ def trained_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
     To be asked before anything wraps the model: DDP, FSDP, activation checkpointing and compilation change names.
     """
-    parts = ADAPTER_NAME if hasattr(model, "peft_config") else None
+    left_out = PEFT_PARTS if hasattr(model, "peft_config") else ()
     shapes = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            name = ".".join(part for part in name.split(".") if part != parts)
+            name = ".".join(part for part in name.split(".") if part not in left_out)
             shapes[name] = tuple(getattr(weight, "ds_shape", weight.shape))  # DeepSpeed's own are empty
     return shapes
 

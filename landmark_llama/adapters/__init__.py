@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from landmark_llama.adapters.folder import EMBEDDING, Adapter, is_adapter
+from landmark_llama.adapters.folder import EMBEDDING, Adapter, is_adapter, with_calibration
 from landmark_llama.tokenization import add_landmark_token
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ __all__ = ["is_adapter", "landmark_lora_config", "load_adapter"]
 
 def landmark_lora_config(config: LandmarkLlamaConfig, **settings: Any) -> LoraConfig:
     """A peft configuration that trains the landmark's embedding row beside LoRA matrices, for `peft.get_peft_model`.
+
+    The calibration of the landmarks' queries, if the model has one, is trained whole.
 
     Args:
         config: of the model, `model.config`.
@@ -38,6 +40,7 @@ def landmark_lora_config(config: LandmarkLlamaConfig, **settings: Any) -> LoraCo
     rows = settings.pop("trainable_token_indices", None) or []
     rows = dict(rows) if isinstance(rows, dict) else {EMBEDDING: rows}
     rows[EMBEDDING] = sorted({*rows.get(EMBEDDING, []), config.landmark_token_id})
+    settings["modules_to_save"] = with_calibration(config, settings.get("modules_to_save"))
     return LoraConfig(
         **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings}, trainable_token_indices=rows
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from landmark_llama.calibration import CALIBRATION, add_calibration
 from landmark_llama.checkpoints.files import local_folder
 from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
@@ -30,18 +32,27 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_RECORD = (
     "landmark_adapter.json",
 )
 EMBEDDING = "embed_tokens"
-LANDMARK_ROW = f"base_model.model.model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
+PREFIX = "base_model.model."  # of an adapter's weights, before the model's own names
+LANDMARK_ROW = f"{PREFIX}model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
 # Fields in which a base must equal the model that the adapter was trained on.
 SHAPE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "tie_word_embeddings",
 )  # fmt: skip
-LANDMARK_SETTINGS = (*RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "predict_from_landmark")
+LANDMARK_SETTINGS = (
+    *RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "landmark_key", "predict_from_landmark",
+)  # fmt: skip
 
 
 def is_adapter(folder: str | PathLike[str]) -> bool:
     """Whether a local folder holds an adapter instead of a whole model."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def with_calibration(config: LandmarkLlamaConfig, modules_to_save: Iterable[str] | None) -> list[str] | None:
+    """peft's `modules_to_save`, with the calibration of a model that has one."""
+    names = {*(modules_to_save or ()), *([CALIBRATION] if config.landmark_query_rank else ())}
+    return sorted(names) or None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,12 +97,25 @@ class Adapter:
             raise ValueError(f"{folder}: config.json is of a {config.model_type!r}, not of a landmark LLaMA")
         adapter = cls(path, peft, config, fingerprint, frozenset(shapes))
         adapter._check_landmark_row(shapes)
+        for name, shape in adapter.calibration().items():
+            if shapes.get(PREFIX + name) != shape:
+                raise ValueError(f"{folder}: {ADAPTER_WEIGHTS} lacks {PREFIX + name} of shape {shape}: save it again")
         return adapter
 
     @property
     def base(self) -> str:
         """The checkpoint that the adapter was trained on: a folder or a hub id."""
         return self.peft["base_model_name_or_path"]
+
+    def calibration(self) -> dict[str, tuple[int, int]]:
+        """The shape of each weight of the calibration, by its name in the model; empty if the model has none."""
+        config, rank = self.config, self.config.landmark_query_rank
+        shapes = {"down": (rank, config.hidden_size), "up": (config.num_attention_heads * config.head_dim, rank)}
+        return {
+            f"model.layers.{layer}.self_attn.{CALIBRATION}.{part}": shape
+            for layer in range(config.num_hidden_layers if rank else 0)
+            for part, shape in shapes.items()
+        }
 
     def _check_landmark_row(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises ValueError unless the landmark's embedding row, and no other, was trained and saved."""
@@ -129,6 +153,9 @@ class Adapter:
         for field in SHAPE if is_vanilla else (*SHAPE, "landmark_token_id", "vocab_size", "block_size"):
             if getattr(config, field) != getattr(own, field):
                 raise ValueError(f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}")
+        rank = getattr(config, "landmark_query_rank", 0)
+        if rank not in (0, own.landmark_query_rank):
+            raise ValueError(f"{name}: landmark_query_rank is {rank}, not {own.landmark_query_rank}; {remedy}")
         # adding the landmark either used a spare embedding row or appended one
         appended = config.vocab_size == own.landmark_token_id == own.vocab_size - 1
         if is_vanilla and config.vocab_size != own.vocab_size and not appended:
@@ -148,15 +175,18 @@ class Adapter:
         source: a folder, a hub id or a loaded model; vanilla LLaMA or landmark LLaMA.
         """
         settings = {name: getattr(self.config, name) for name in LANDMARK_SETTINGS}
+        rank = self.config.landmark_query_rank
         is_loaded = isinstance(source, LlamaForCausalLM)
         config = source.config if is_loaded else AutoConfig.from_pretrained(source)
         self.check_base(config, type(source).__name__ if is_loaded else source)
         if not isinstance(config, LandmarkLlamaConfig):
+            settings["landmark_query_rank"] = rank
             return LandmarkLlamaForCausalLM.from_llama(
                 source, tokenizer, self.config.block_size, **settings, **from_pretrained
             )
         for name, value in settings.items():
             setattr(config, name, value)
-        if is_loaded:
-            return source
-        return LandmarkLlamaForCausalLM.from_pretrained(source, config=config, **from_pretrained)
+        if not is_loaded:
+            source = LandmarkLlamaForCausalLM.from_pretrained(source, config=config, **from_pretrained)
+        add_calibration(source, rank)
+        return source

@@ -14,21 +14,29 @@ from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 
-from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, EMBEDDING, LANDMARK_ROW, TOKENIZER_RECORD, Adapter
+from landmark_llama.adapters.folder import (
+    ADAPTER_WEIGHTS,
+    EMBEDDING,
+    LANDMARK_ROW,
+    TOKENIZER_RECORD,
+    Adapter,
+    with_calibration,
+)
+from landmark_llama.calibration import LandmarkCalibration
 from landmark_llama.modeling import LandmarkLlamaForCausalLM
 
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 class LandmarkPeftModel(PeftModelForCausalLM):
-    """peft's model, which also trains the landmark's embedding row, saves what it was made with, and checks it.
+    """peft's model, which also trains the landmark's row and calibration, saves what it was made with, and checks it.
 
     Where input and output embedding are tied, the landmark's output row follows; an untied one stays the mean of the
     others that it was made as: the landmark is never predicted.
 
     Args:
         model: a landmark LLaMA; peft changes it in place.
-        peft_config: which LoRA. `trainable_token_indices` is set here.
+        peft_config: which LoRA. `trainable_token_indices` is set here; the calibration joins `modules_to_save`.
         tokenizer_fingerprint: of the tokenizer with its landmark (`folder.tokenizer_fingerprint`).
     """
 
@@ -36,7 +44,11 @@ class LandmarkPeftModel(PeftModelForCausalLM):
         self, model: LandmarkLlamaForCausalLM, peft_config: LoraConfig, *, tokenizer_fingerprint: str, **kwargs: Any
     ) -> None:
         peft_config.trainable_token_indices = {EMBEDDING: [model.config.landmark_token_id]}
+        peft_config.modules_to_save = with_calibration(model.config, peft_config.modules_to_save)
         super().__init__(model, peft_config, **kwargs)
+        for name, module in self.named_modules():
+            if isinstance(module, LandmarkCalibration) and "modules_to_save" in name.split("."):
+                module.float()  # as peft does with the other weights that it trains
         self.tokenizer_fingerprint = tokenizer_fingerprint
 
     @classmethod

@@ -1,12 +1,8 @@
-"""Landmark attention in PyTorch, block by block: the fast path without a GPU kernel.
+"""Landmark attention over one sequence in PyTorch, block by block: the fast path without a GPU kernel.
 
-Four functions, which share how a set of queries reads whole blocks of keys:
-
-- `blockwise_landmark_attention`: causal attention over one sequence, with its own backward. It walks over tiles of
-  queries, reads only the blocks that a tile can see, and saves one number for each query and block for the backward.
-  `attend_sequence` is the same and also returns the logsumexp.
-- `attend_window`: groups of queries, each over its own short window of consecutive blocks. Also returns the logsumexp.
-- `attend_gathered`: groups of queries over the blocks gathered for them, merged with the result of `attend_window`.
+`blockwise_landmark_attention` has its own backward. It walks over tiles of queries, reads only the blocks that a tile
+can see, and saves one number for each query and block for the backward. `attend_sequence` is the same and also returns
+the logsumexp. What turns scores into weights serves `attention/windows.py`, too.
 
 Formulas: `docs/attention.md`. Everything is computed in fp32 (float64 for float64 inputs).
 """
@@ -34,73 +30,36 @@ def blockwise_landmark_attention(
     value: Tensor,
     block_size: int,
     scale: float,
-    num_retrieved_blocks: int | None = None,
-    num_direct_blocks: int = 0,
+    retrieval: tuple[int, int] | None = None,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> Tensor:
-    """Causal landmark attention; arguments and result as in `landmark_attention`."""
-    retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
-    output, _ = _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, retrieval)
+    """Causal landmark attention; arguments and result as in `landmark_attention`.
+
+    retrieval: its `num_retrieved_blocks` and `num_direct_blocks`; None: queries see all earlier blocks.
+    """
+    output, _ = _BlockwiseLandmarkAttention.apply(
+        query, key, value, landmark_query, landmark_bias, block_size, scale, retrieval
+    )
     return output.to(query.dtype)
 
 
-def attend_sequence(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
+def attend_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    scale: float,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal landmark attention that can be merged with other blocks; arguments as in `landmark_attention`.
 
     Returns:
         The output (batch, heads, query_length, head_dim), and the logsumexp (batch, heads, query_length) of each
         query's own group, which the merge needs. Both in the computing dtype, both differentiable.
     """
-    return _BlockwiseLandmarkAttention.apply(query, key, value, block_size, scale, None)
-
-
-def attend_window(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, first: Tensor, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Landmark attention of groups of queries over their windows of consecutive blocks.
-
-    Args:
-        query: (..., queries, head_dim). The leading dimensions count the groups.
-        key, value: (..., blocks * block_size, head_dim): the window of each group.
-        position: (..., queries), integer, or broadcastable to that: where in its window each query stands. It sees the
-            ordinary tokens of its own block up to there, and earlier blocks of the window through their landmarks.
-        first: (..., queries): the first block of the window that each query sees.
-
-    Returns:
-        The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group, which
-        `attend_gathered` needs. Both in the computing dtype.
-    """
-    query, key, value = _upcast(query) * scale, _upcast(key), _upcast(value)
-    scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
-    block = torch.arange(scores.shape[-2], device=scores.device)
-    weights, _, lse = _normalise_(scores, position, block < first.unsqueeze(-1))
-    return weights.flatten(-2) @ value, lse
-
-
-def attend_gathered(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, window: tuple[Tensor, Tensor]) -> Tensor:
-    """Adds the blocks gathered for each group of queries to the attention over its window.
-
-    `reading.segments.attend_chosen` computes the same from the blocks of a whole text, and is differentiable.
-
-    Args:
-        query: (..., blocks, queries, head_dim): the queries, scaled, rotated to their distance to each gathered block.
-        key, value: (..., blocks, block_size, head_dim): the blocks that the group's queries chose.
-        chosen: (..., blocks, 1), boolean: False where a group chose fewer blocks than `blocks`.
-        window: output (..., queries, head_dim) and logsumexp (..., queries) of `attend_window` for the same queries.
-
-    Returns:
-        (..., queries, head_dim): attention over the window and the gathered blocks together.
-    """
-    query, key, value = _upcast(query), _upcast(key), _upcast(value)
-    window_output, window_lse = window
-    scores = query @ key.transpose(-1, -2)  # (..., blocks, queries, block_size)
-    landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
-    small = _are_small(scores)
-    scores[..., -1] = -torch.inf
-    lse = torch.logaddexp(window_lse, landmark.logsumexp(-2))
-    total, _ = _exponentials_(scores, small)
-    scores.mul_(((landmark - lse.unsqueeze(-2)).exp() / total).unsqueeze(-1))
-    gathered = scores.transpose(-3, -2).flatten(-2) @ value.flatten(-3, -2)
-    return window_output * (window_lse - lse).exp().unsqueeze(-1) + gathered
+    return _BlockwiseLandmarkAttention.apply(query, key, value, landmark_query, landmark_bias, block_size, scale, None)
 
 
 class _BlockwiseLandmarkAttention(torch.autograd.Function):
@@ -112,26 +71,27 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        landmark_query: Tensor | None,
+        landmark_bias: Tensor | None,
         block_size: int,
         scale: float,
         retrieval: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        tiles = _QueryTiles(query, key, value, block_size, scale)
+        tiles = _QueryTiles(query, key, value, landmark_query, landmark_bias, block_size, scale)
         output = torch.empty_like(tiles.query)
         lse = output.new_empty(output.shape[:-1])
         adjusts = []
         small = products_are_small(tiles.query, tiles.key, LARGEST_PLAIN_SCORE)
         for rows, blocks, position in tiles:
-            scores = tiles.query[..., rows, :] @ tiles.key[..., blocks, :].transpose(-1, -2)
-            scores = scores.unflatten(-1, (-1, block_size))
+            scores = tiles.scores(rows, blocks)
             unseen = None
             if retrieval is not None and scores.shape[-2] > sum(retrieval) + 1:
                 unseen = ~seen_blocks(scores[..., -1], position // block_size, *retrieval)
-            weights, adjust, lse[..., rows] = _normalise_(scores, position, unseen, small)
+            weights, adjust, lse[..., rows] = normalise_(scores, position, unseen, small)
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]
             adjusts.append(adjust)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, output, *adjusts)
+            ctx.save_for_backward(query, key, value, landmark_query, landmark_bias, output, *adjusts)
             ctx.block_size, ctx.scale = block_size, scale
         ctx.set_materialize_grads(False)
         return tiles.unfold(output), tiles.unfold(lse.unsqueeze(-1)).squeeze(-1)
@@ -139,26 +99,42 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *adjusts = ctx.saved_tensors
-        tiles = _QueryTiles(query, key, value, ctx.block_size, ctx.scale)
+        query, key, value, landmark_query, landmark_bias, output, *adjusts = ctx.saved_tensors
+        tiles = _QueryTiles(query, key, value, landmark_query, landmark_bias, ctx.block_size, ctx.scale)
         grad = torch.zeros_like(output) if grad is None else tiles.fold(grad).contiguous()
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
+        grad_landmark_query = None if landmark_query is None else torch.zeros_like(tiles.query)
+        grad_bias = None if landmark_bias is None else torch.zeros_like(tiles.landmark_bias)
         mean = (grad * output).sum(-1, keepdim=True)  # D of the formulas
         if grad_lse is not None:
             mean -= tiles.fold(grad_lse.unsqueeze(-1))  # the logsumexp's derivatives are the own group's weights
         for (rows, blocks, position), adjust in zip(tiles, adjusts, strict=True):
             q, k, g = tiles.query[..., rows, :], tiles.key[..., blocks, :], grad[..., rows, :]
-            scores = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
+            scores = tiles.scores(rows, blocks)
             grad_weights = (g @ tiles.value[..., blocks, :].transpose(-1, -2)).unflatten(-1, (-1, ctx.block_size))
             weights, grad_scores = _grad_scores_(scores, grad_weights, adjust, mean[..., rows, :], position)
             grad_value[..., blocks, :] += weights.flatten(-2).transpose(-1, -2) @ g
+            if grad_bias is not None:
+                grad_bias[..., : grad_scores.shape[-2]] += grad_scores[..., -1].sum(-2)
+            if grad_landmark_query is not None:
+                grad_landmark = grad_scores[..., -1].clone()
+                grad_scores[..., -1] = 0.0  # the query itself has no part in the landmarks' scores
+                grad_landmark_query[..., rows, :] = grad_landmark @ tiles.landmarks(tiles.key, blocks)
+                grad_landmark_key = grad_landmark.transpose(-1, -2) @ tiles.landmark_query[..., rows, :]
+                tiles.landmarks(grad_key, blocks).add_(grad_landmark_key)
             grad_scores = grad_scores.flatten(-2)
             grad_query[..., rows, :] = grad_scores @ k
             grad_key[..., blocks, :] += grad_scores.transpose(-1, -2) @ q
+        if grad_landmark_query is not None:
+            grad_landmark_query = tiles.unfold(grad_landmark_query.mul_(ctx.scale)).to(query.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias[..., : landmark_bias.shape[-1]].to(landmark_bias.dtype)
         return (
             tiles.unfold(grad_query.mul_(ctx.scale)).to(query.dtype),
             grad_key[..., : key.shape[-2], :].to(key.dtype),
             grad_value[..., : value.shape[-2], :].to(value.dtype),
+            grad_landmark_query,
+            grad_bias,
             None,
             None,
             None,
@@ -171,19 +147,50 @@ class _QueryTiles:
     query: (batch, kv_heads, heads_per_kv * query_length, head_dim), scaled: tile after tile, and in each tile the
         queries of one head after those of another.
     key, value: (batch, kv_heads, length of whole blocks, head_dim).
+    landmark_query: the layout of `query`, scaled, or None.
+    landmark_bias: (batch, kv_heads, blocks), 0 for an incomplete last block, or None.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        landmark_query: Tensor | None,
+        landmark_bias: Tensor | None,
+        block_size: int,
+        scale: float,
+    ) -> None:
         self.block_size = block_size
         self.heads_per_kv = query.shape[1] // key.shape[1]
         self.query_length, self.key_length = query.shape[-2], key.shape[-2]
         missing = -self.key_length % block_size
         # contiguous, or each tile's product would copy the part that it reads
         self.key, self.value = (
-            (torch.nn.functional.pad(_upcast(x), (0, 0, 0, missing)) if missing else _upcast(x)).contiguous()
+            (torch.nn.functional.pad(upcast(x), (0, 0, 0, missing)) if missing else upcast(x)).contiguous()
             for x in (key, value)
         )
         self.query = (self.fold(query) * scale).contiguous()
+        self.landmark_query = self.landmark_bias = None
+        if landmark_query is not None:
+            self.landmark_query = (self.fold(landmark_query) * scale).contiguous()
+        if landmark_bias is not None:
+            incomplete = self.key.shape[-2] // block_size - landmark_bias.shape[-1]
+            self.landmark_bias = torch.nn.functional.pad(upcast(landmark_bias), (0, incomplete))
+
+    def scores(self, rows: slice, blocks: slice) -> Tensor:
+        """Scores (batch, kv_heads, queries, blocks, block_size) of the queries `rows` and the positions `blocks`."""
+        scores = self.query[..., rows, :] @ self.key[..., blocks, :].transpose(-1, -2)
+        scores = scores.unflatten(-1, (-1, self.block_size))
+        if self.landmark_query is not None:
+            scores[..., -1] = self.landmark_query[..., rows, :] @ self.landmarks(self.key, blocks).transpose(-1, -2)
+        if self.landmark_bias is not None:
+            scores[..., -1] += self.landmark_bias[..., None, : scores.shape[-2]]
+        return scores
+
+    def landmarks(self, key: Tensor, blocks: slice) -> Tensor:
+        """The landmarks' part (batch, kv_heads, blocks, head_dim) of `key` at the positions `blocks`; a view."""
+        return key[..., blocks, :][..., self.block_size - 1 :: self.block_size, :]
 
     def bounds(self) -> list[tuple[int, int]]:
         """First query of each tile, and one past its last. Tiles end at block boundaries of the keys."""
@@ -203,7 +210,7 @@ class _QueryTiles:
 
     def fold(self, x: Tensor) -> Tensor:
         """(batch, heads, length, head_dim) to the layout of `query`."""
-        x = _upcast(x)
+        x = upcast(x)
         if self.heads_per_kv == 1:
             return x
         x = x.unflatten(1, (-1, self.heads_per_kv))
@@ -217,7 +224,7 @@ class _QueryTiles:
         return torch.cat([tile.unflatten(2, (self.heads_per_kv, -1)) for tile in tiles], dim=3).flatten(1, 2)
 
 
-def _normalise_(
+def normalise_(
     scores: Tensor, position: Tensor, unseen: Tensor | None = None, small: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turns scores into weights, in place.
@@ -226,7 +233,7 @@ def _normalise_(
         scores: (..., queries, blocks, block_size), scaled; overwritten.
         position: (..., queries): position of each query among the blocks' positions.
         unseen: (..., queries, blocks), boolean: earlier blocks that a query does not see; None: it sees all.
-        small: the scores are known to be small (`_are_small`); otherwise this is checked.
+        small: the scores are known to be small (`are_small`); otherwise this is checked.
 
     Returns:
         weights: the shape of `scores`.
@@ -236,10 +243,10 @@ def _normalise_(
     own = (position // scores.shape[-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-2], device=scores.device)
     unseen = block > own if unseen is None else (block > own) | unseen
-    small = small or _are_small(scores)
+    small = small or are_small(scores)
     landmark = scores[..., -1].clone()
     _hide_(scores, position)
-    total, inside = _exponentials_(scores, small)
+    total, inside = exponentials_(scores, small)
     share = torch.where(block == own, inside, landmark).masked_fill_(unseen, -torch.inf)
     lse = share.logsumexp(-1)
     share -= lse.unsqueeze(-1)
@@ -247,7 +254,7 @@ def _normalise_(
     return scores, share - inside, lse
 
 
-def _are_small(scores: Tensor) -> bool:
+def are_small(scores: Tensor) -> bool:
     """Whether all scores are small enough to take their exponentials as they are, much faster than over each peak."""
     if not scores.numel():
         return True
@@ -262,7 +269,7 @@ def products_are_small(query: Tensor, key: Tensor, limit: float) -> bool:
     return bool(query.norm(dim=-1).amax() * key.norm(dim=-1).amax() < limit)
 
 
-def _exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
+def exponentials_(scores: Tensor, small: bool) -> tuple[Tensor, Tensor]:
     """Exponentials of `scores` (..., block_size), in place. Returns their sums and the logsumexps, each (...).
 
     Unless all scores are `small`, each block's peak is subtracted from its scores first.
@@ -283,7 +290,7 @@ def _sum(x: Tensor) -> Tensor:
 def _hide_(scores: Tensor, position: Tensor) -> None:
     """Sets landmarks and the later part of each query's own block to -inf, in place.
 
-    Blocks after a query's own keep their finite scores: `_normalise_` gives them weight 0.
+    Blocks after a query's own keep their finite scores: `normalise_` gives them weight 0.
     """
     block_size = scores.shape[-1]
     scores[..., -1] = -torch.inf
@@ -299,7 +306,7 @@ def _hide_(scores: Tensor, position: Tensor) -> None:
 def _grad_scores_(
     scores: Tensor, grad_weights: Tensor, adjust: Tensor, mean: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights and the gradient of the scores, written into `scores` and `grad_weights`; `adjust`: of `_normalise_`.
+    """Weights and the gradient of the scores, written into `scores` and `grad_weights`; `adjust`: of `normalise_`.
 
     With `P` the weights, `dP` their gradient, `G` the own-group weight of a landmark, `D` the row's mean:
     `ds = P (dP - dG)` in an earlier block and `P (dP - D)` in the own one; `ds[landmark] = G (dG - D)`,
@@ -319,5 +326,5 @@ def _grad_scores_(
     return weights, grad_scores
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

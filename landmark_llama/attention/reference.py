@@ -9,6 +9,9 @@ tokens, and its share of the row is the own-group weight of its landmark. Writte
     earlier block:  s[i, j] - logsumexp_{j' in c} s[i, j'] + s[i, landmark(c)]
     landmarks:      -inf
 
+A landmark's score is `s[i, landmark(c)] = scale * q_i . k_landmark(c)`, or, with a query and a bias of its own,
+`scale * landmark_query_i . k_landmark(c) + landmark_bias_c`.
+
 (Mohtashami & Jaggi, "Landmark Attention", 2023, section 3.1; `docs/attention.md` derives this form.)
 """
 
@@ -27,6 +30,8 @@ def landmark_attention_reference(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> Tensor:
     """Landmark attention by the definition, differentiable, in time and memory quadratic in the length.
 
@@ -37,6 +42,8 @@ def landmark_attention_reference(
         block_size: positions of a block, its landmark included.
         scale: factor of the scores; by default `head_dim ** -0.5`.
         num_retrieved_blocks, num_direct_blocks: which earlier blocks a query sees (`seen_blocks`); by default all.
+        landmark_query: the shape of `query`: what scores landmarks in its place.
+        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks, of complete blocks at least.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`.
@@ -48,6 +55,8 @@ def landmark_attention_reference(
         scale=scale,
         num_retrieved_blocks=num_retrieved_blocks,
         num_direct_blocks=num_direct_blocks,
+        landmark_query=landmark_query,
+        landmark_bias=landmark_bias,
     )
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return weights.to(value.dtype) @ value
@@ -61,14 +70,25 @@ def landmark_attention_weights(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
 ) -> Tensor:
     """Weights (batch, heads, query_length, key_length) of landmark attention: rows sum to 1, landmarks weigh 0.
 
     Computed in the dtype of `query`, or in float32 for narrower ones. Arguments as in `landmark_attention_reference`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query @ key.transpose(-1, -2) * scale).to(torch.promote_types(query.dtype, torch.float32))
+    group = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group, dim=1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ key.transpose(-1, -2) * scale).to(wide)
+    landmarks = slice(block_size - 1, None, block_size)
+    landmark_scores = scores[..., landmarks]  # (batch, heads, query_length, complete blocks)
+    if landmark_query is not None:
+        landmark_scores = (landmark_query @ key[..., landmarks, :].transpose(-1, -2) * scale).to(wide)
+    if landmark_bias is not None:
+        bias = landmark_bias[..., : landmark_scores.shape[-1]].repeat_interleave(group, dim=1)
+        landmark_scores = landmark_scores + bias.unsqueeze(-2).to(wide)
 
     query_length, key_length = scores.shape[-2:]
     key_position = torch.arange(key_length, device=scores.device)
@@ -78,14 +98,14 @@ def landmark_attention_weights(
     own = (block == own_block) & (key_position <= query_position) & ordinary
     earlier = (block < own_block) & ordinary
     if num_retrieved_blocks is not None:
-        landmark = torch.nn.functional.pad(scores[..., block_size - 1 :: block_size], (0, 1))
+        landmark = torch.nn.functional.pad(landmark_scores, (0, 1))
         seen = seen_blocks(landmark, own_block.squeeze(-1), num_retrieved_blocks, num_direct_blocks)
         earlier = earlier & seen[..., block]
 
     logits = torch.where(own, scores, -torch.inf)
     for c in range((key_length - 1) // block_size):
         members = earlier & (block == c)
-        landmark = scores[..., (c + 1) * block_size - 1, None]
+        landmark = landmark_scores[..., c, None]
         inside = torch.where(members, scores, -torch.inf)
         # a row that does not see block c takes the logsumexp of zeros: finite, so that no NaN enters its gradient
         norm = torch.where(members.any(-1, keepdim=True), inside, 0.0).logsumexp(-1, keepdim=True)

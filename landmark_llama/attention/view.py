@@ -13,13 +13,22 @@ class View(Protocol):
     """How the columns of a call attend."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer.
 
         Args:
             query: (batch, columns, heads, head_dim), not rotated.
             key, value: (batch, columns, kv_heads, head_dim), not rotated.
+            landmark_query: the shape of `query`, not rotated: what scores landmarks in its place. None: `query` does.
 
         Returns:
             (batch, columns, heads, head_dim).

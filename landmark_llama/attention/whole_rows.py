@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed, unsupported
+from landmark_llama.attention.availability import kernels_take_rows
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
+from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.attention.rotary import RotaryTable
 
 
@@ -19,14 +20,26 @@ class WholeRows:
     block_size: positions of a block, its landmark included.
     num_retrieved_blocks: if given, a query sees only so many of its earlier blocks, the best ones, beside the
         `num_direct_blocks` before its own (`train_retrieved_blocks` of the configuration).
+    kernels: False: PyTorch attends on a GPU, too.
+    pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     block_size: int
     num_retrieved_blocks: int | None = None
     num_direct_blocks: int = 0
+    kernels: bool = True
+    pooled: bool = False
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer.
 
@@ -34,17 +47,25 @@ class WholeRows:
             query: (batch, columns, heads, head_dim), not rotated; rows begin in column 0.
             key, value: (batch, columns, kv_heads, head_dim), not rotated either.
             layer_idx: which layer; every one attends in the same way here.
+            landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
         """
         position = torch.arange(query.shape[1], device=query.device).unsqueeze(-1)
         query, key = rotary.rotate_all(position, query, key)
+        if landmark_query is not None:
+            landmark_query = rotary.rotate(landmark_query, position).transpose(1, 2)
         rows = (x.transpose(1, 2) for x in (query, key, value))
-        return self.attend_rotated(*rows, scale=scale).transpose(1, 2)
+        return self.attend_rotated(*rows, scale=scale, landmark_query=landmark_query).transpose(1, 2)
 
-    def attend_rotated(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    def attend_rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, landmark_query: Tensor | None = None
+    ) -> Tensor:
         """`landmark_attention` with this view's settings."""
+        bias = None
+        if self.pooled:
+            key, bias = pool_rows(key, query, self.block_size, scale)
         return landmark_attention(
             query,
             key,
@@ -53,6 +74,9 @@ class WholeRows:
             scale=scale,
             num_retrieved_blocks=self.num_retrieved_blocks,
             num_direct_blocks=self.num_direct_blocks,
+            landmark_query=landmark_query,
+            landmark_bias=bias,
+            kernels=self.kernels,
         )
 
 
@@ -65,6 +89,9 @@ def landmark_attention(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+    kernels: bool = True,
 ) -> Tensor:
     """Causal landmark attention.
 
@@ -80,6 +107,10 @@ def landmark_attention(
         scale: factor of the scores; by default `head_dim ** -0.5`.
         num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
             scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
+        landmark_query: (batch, heads, query_length, head_dim): what scores landmarks in place of `query`.
+        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. On a GPU,
+            too, these two are computed by PyTorch.
+        kernels: on a GPU, use the Triton kernels where they can run. False: PyTorch.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`. Differentiable once.
@@ -88,15 +119,19 @@ def landmark_attention(
         ValueError: if shapes, dtypes or `block_size` do not fit, naming the argument.
     """
     _check(query, key, value, block_size)
+    if landmark_query is not None or landmark_bias is not None:
+        _check_landmarks(query, key, landmark_query, landmark_bias, block_size)
     for name, number in (("num_retrieved_blocks", num_retrieved_blocks), ("num_direct_blocks", num_direct_blocks)):
         if (number or 0) < 0:
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if num_retrieved_blocks is None and query.is_cuda and triton_is_installed() and not unsupported(query):
+    landmarks = landmark_query, landmark_bias
+    if kernels and query.is_cuda and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
         from landmark_llama.attention.fused import fused_landmark_attention
 
         return fused_landmark_attention(query, key, value, block_size, scale)
-    return blockwise_landmark_attention(query, key, value, block_size, scale, num_retrieved_blocks, num_direct_blocks)
+    retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
+    return blockwise_landmark_attention(query, key, value, block_size, scale, retrieval, *landmarks)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
@@ -122,3 +157,20 @@ def _check(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> None:
         raise ValueError(f"query has {query.shape[1]} heads: not a multiple of key's {key.shape[1]}")
     if query.shape[2] > key.shape[2]:
         raise ValueError(f"query has {query.shape[2]} positions, more than key's {key.shape[2]}")
+
+
+def _check_landmarks(
+    query: Tensor, key: Tensor, landmark_query: Tensor | None, landmark_bias: Tensor | None, block_size: int
+) -> None:
+    if landmark_query is not None and (landmark_query.shape, landmark_query.dtype) != (query.shape, query.dtype):
+        raise ValueError(
+            f"landmark_query: {landmark_query.dtype} of shape {tuple(landmark_query.shape)}; it needs the shape and "
+            f"dtype of query, {query.dtype} of {tuple(query.shape)}"
+        )
+    if landmark_bias is not None:
+        expected = (*key.shape[:2], key.shape[2] // block_size)
+        if landmark_bias.shape != expected or not landmark_bias.is_floating_point():
+            raise ValueError(
+                f"landmark_bias: {landmark_bias.dtype} of shape {tuple(landmark_bias.shape)}; expected real numbers of "
+                f"shape (batch, kv_heads, complete blocks), {expected}"
+            )

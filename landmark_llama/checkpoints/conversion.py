@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
+from landmark_llama.calibration import add_calibration
+from landmark_llama.configuration import LandmarkKey, LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.tokenization import add_landmark_token
 
 if TYPE_CHECKING:
@@ -38,14 +39,16 @@ def convert_llama(
     fields = base.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
-    # a placeholder: the landmark's row is added below, once the model is loaded
-    config = LandmarkLlamaConfig(**fields, **settings, landmark_token_id=0)
+    rank = settings.get("landmark_query_rank", 0)
+    # placeholders: the landmark's row and the calibration are added below, once the model is loaded
+    config = LandmarkLlamaConfig(**fields, **{**settings, "landmark_query_rank": 0}, landmark_token_id=0)
     landmark_token_id = add_landmark_token(tokenizer)
     model = model_class.from_pretrained(path, config=config, **from_pretrained)
     if isinstance(source, LlamaForCausalLM):
         model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     _add_landmark_row(model, landmark_token_id)
     model.config.landmark_token_id = landmark_token_id
+    add_calibration(model, rank)
     return model
 
 
@@ -146,6 +149,8 @@ class FromLlamaMixin:
         local_attention: LocalAttention = "sliding",
         retrieval_granularity: RetrievalGranularity = "token_and_head",
         train_retrieved_blocks: int | None = None,
+        landmark_key: LandmarkKey = "token",
+        landmark_query_rank: int = 0,
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> Any:
@@ -177,6 +182,8 @@ class FromLlamaMixin:
                 "local_attention": local_attention,
                 "retrieval_granularity": retrieval_granularity,
                 "train_retrieved_blocks": train_retrieved_blocks,
+                "landmark_key": landmark_key,
+                "landmark_query_rank": landmark_query_rank,
                 "predict_from_landmark": predict_from_landmark,
             },
             from_pretrained,

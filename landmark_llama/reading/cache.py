@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
 
 class LandmarkCacheLayer(CacheLayerMixin):
@@ -24,9 +24,16 @@ class LandmarkCacheLayer(CacheLayerMixin):
         super().__init__()
         self.storage = storage
 
-    def update(self, key_states: Tensor, value_states: Tensor, start: Tensor, stop: int | None = None) -> BlockStorage:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        start: Tensor,
+        stop: int | None = None,
+        prior: Prior | None = None,
+    ) -> BlockStorage:
         """Stores (batch, length, kv_heads, head_dim) from positions `start` (batch,) on; returns the storage."""
-        self.storage.write(key_states, value_states, start, stop)
+        self.storage.write(key_states, value_states, start, stop, prior)
         return self.storage
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -56,7 +63,7 @@ class LandmarkCache(Cache):
         storage: makes the storage of one layer, given the block size; by default the model's device.
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
-            Elsewhere it changes nothing.
+            Elsewhere it changes nothing, nor with pooled landmark keys or calibrated queries, which no kernel reads.
 
     Example:
 
@@ -77,7 +84,8 @@ class LandmarkCache(Cache):
             raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
         self.block_size = config.block_size
         self._make_storage = storage
-        self.graphs = DecodingGraphs() if cuda_graphs else None
+        kernels_read_it = config.landmark_key == "token" and not config.landmark_query_rank
+        self.graphs = DecodingGraphs() if cuda_graphs and kernels_read_it else None
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts

@@ -75,6 +75,7 @@ def choose_blocks(
     *,
     granularity: str,
     landmarks_tie: bool,
+    biases: Tensor | None = None,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
@@ -88,6 +89,7 @@ def choose_blocks(
             queries) or `"token"` (the same, maximum over heads).
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
+        biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
     """
     k = rotated.shape[-2] - 1
     landmarks = landmarks.to(rotated.dtype)
@@ -95,7 +97,8 @@ def choose_blocks(
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     small = False
     if granularity != "token_and_head" and not landmarks_tie:
-        small = products_are_small(rotated[..., 0, :], landmarks, LARGEST_SOFTMAX_SCORE)
+        limit = LARGEST_SOFTMAX_SCORE if biases is None else LARGEST_SOFTMAX_SCORE - float(biases.abs().amax())
+        small = products_are_small(rotated[..., 0, :], landmarks, limit)
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
@@ -103,10 +106,11 @@ def choose_blocks(
     while first < len(ends):
         columns = 2 * k if landmarks_tie else k + ends[first]
         part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
-        shown = landmarks[:, :, : max(ends[part])]  # later ones are nobody's candidates
+        last = max(ends[part])  # later ones are nobody's candidates
+        shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
         parts.append(
             _choose(
-                rotated[:, :, :, part], shown, candidates[:, part], valid[:, part], granularity, landmarks_tie, small
+                rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part], granularity, landmarks_tie, small
             )
         )
         first = part.stop
@@ -117,6 +121,7 @@ def choose_blocks(
 def _choose(
     rotated: Tensor,
     landmarks: Tensor,
+    biases: Tensor | None,
     candidates: Tensor,
     valid: Tensor,
     granularity: str,
@@ -126,7 +131,10 @@ def _choose(
     """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SOFTMAX_SCORE`, either way."""
     k = rotated.shape[-2] - 1
     n = candidates[:, None, None, :, None, None]
-    scores, block_of_first = (_tied_scores if tie else _scores)(rotated, landmarks, candidates)
+    if tie:
+        scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
+    else:
+        scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
     if granularity != "token_and_head":
         if small:
             # softmax ranks as log-softmax does, in fewer passes; masked entries are 0
@@ -150,7 +158,7 @@ def _choose(
     return (column + block_of_first).masked_fill(value == -torch.inf, -1).sort(-1).values
 
 
-def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Tensor, int]:
+def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidates: Tensor) -> tuple[Tensor, int]:
     """Scores (..., queries, columns) and the block of column 0; -inf where there is no candidate.
 
     Older candidates are all scored at distance k + 1, the last k each at its own.
@@ -161,8 +169,11 @@ def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Ten
     missing = max(0, k + 1 - fewest)
     if missing:
         landmarks = torch.nn.functional.pad(landmarks, (0, 0, missing, 0))
+        biases = None if biases is None else torch.nn.functional.pad(biases, (missing, 0))
     farthest = rotated[..., 0, :]
     scores = (farthest.flatten(2, 4) @ landmarks.transpose(-1, -2)).unflatten(2, farthest.shape[2:-1])
+    if biases is not None:
+        scores += biases[:, :, None, None, None]
     scores[..., :missing] = -torch.inf
     edge = fewest + missing
     column = torch.arange(edge, scores.shape[-1], device=rotated.device)
@@ -171,6 +182,8 @@ def _scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tuple[Ten
     row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
     key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
     value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
+    if biases is not None:
+        value += biases[row, :, recent].permute(0, 3, 1, 2)[:, :, None, :, None]
     recent = recent[:, None, None, :, None]
     return scores.scatter_(-1, recent.expand_as(value), value.masked_fill(recent < missing, -torch.inf)), -missing
 

@@ -23,7 +23,7 @@ from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, top_latest
-from landmark_llama.reading.storage import BlockStorage
+from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.rows.documents import find_documents
 
 
@@ -40,6 +40,7 @@ class DecodingStep:
     candidates: what may be retrieved; None where nothing is.
     cache: what has been read; each layer adds the step's keys and values.
     settings: how many blocks are retrieved, and who shares a choice.
+    pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     source: Tensor
@@ -52,6 +53,7 @@ class DecodingStep:
     candidates: Candidates | None
     cache: LandmarkCache
     settings: RetrievalSettings
+    pooled: bool
 
     @classmethod
     def of(
@@ -100,40 +102,66 @@ class DecodingStep:
             candidates=Candidates.of(number, most, k) if most else None,
             cache=cache,
             settings=settings,
+            pooled=config.landmark_key == "pooled",
         )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
         storage, dtype, kv_heads = self.cache.layers[layer_idx].storage, query.dtype, key.shape[2]
-        storage.write(self.place.turn_key(key).to(dtype), value, self.start, self.stop)
-        query = self.place.turn(query.unsqueeze(-2)) * scale  # (batch, columns, heads, distances, head_dim)
-        query = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
+        prior, scoring = None, None
+        if self.pooled:
+            mean = query.unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(dtype, torch.float32))
+            prior = Prior(self.place.turn_key(mean), scale)
+        storage.write(self.place.turn_key(key).to(dtype), value, self.start, self.stop, prior)
+        query = self._at_distances(query, kv_heads, scale)
+        if landmark_query is not None:
+            scoring = self._at_distances(landmark_query, kv_heads, scale)
         table = self.direct
         if self.candidates is not None:
-            chosen = self._choose(query, storage, landmarks_tie=layer_idx == 0).expand(*query.shape[:4], -1)
+            tie = layer_idx == 0 and not self.pooled
+            chosen = self._choose(query if scoring is None else scoring, storage, tie).expand(*query.shape[:4], -1)
             table = torch.cat([chosen, table.expand(*query.shape[:4], -1)], dim=-1)
             # of the last candidates and the direct blocks, each is read at its own distance; those before, one farther
             near = table >= self.candidates.first_recent
             query = torch.where(near.unsqueeze(-1), query[..., 1:, :], query[..., :-1, :])
-        key, value = storage.gather(
-            table.clamp_min(0)
-        )  # (batch, kv_heads, group, columns, blocks, block_size, head_dim)
+            if scoring is not None:
+                scoring = torch.where(near.unsqueeze(-1), scoring[..., 1:, :], scoring[..., :-1, :])
+        block = table.clamp_min(0)
+        key, value = storage.gather(block)  # (batch, kv_heads, group, columns, blocks, block_size, head_dim)
         scores = (key.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1)
+        if scoring is not None:
+            scores[..., -1] = torch.linalg.vecdot(scoring, key[..., -1, :].to(scoring.dtype))
+        if self.pooled:
+            scores[..., -1] += storage.gather_biases(block)
         weights = self._weights(scores, table < 0).flatten(-2)
         output = (weights.unsqueeze(-2) @ value.to(weights.dtype).flatten(-3, -2)).squeeze(-2)
         return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
 
+    def _at_distances(self, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+        """`query`, scaled and rotated to all distances: (batch, kv_heads, group, columns, distances, head_dim)."""
+        query = self.place.turn(query.unsqueeze(-2)) * scale  # (batch, columns, heads, distances, head_dim)
+        return query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
+
     def _choose(self, query: Tensor, storage: BlockStorage, landmarks_tie: bool) -> Tensor:
         """The k blocks of each query, (batch, kv_heads or 1, group or 1, columns or 1, k), as `choose_blocks` does.
 
-        query: (batch, kv_heads, group, columns, distances, head_dim), rotated and scaled.
+        query: (batch, kv_heads, group, columns, distances, head_dim), rotated and scaled: what scores landmarks.
         """
         candidates, k, columns = self.candidates, self.settings.num_retrieved_blocks, query.shape[3]
         landmarks, query = storage.landmarks(candidates.most), query[..., : k + 1, :]
+        biases = storage.biases(candidates.most) if self.pooled else None
         if self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1:
-            shared = {"granularity": self.settings.granularity, "landmarks_tie": landmarks_tie}
+            shared = {"granularity": self.settings.granularity, "landmarks_tie": landmarks_tie, "biases": biases}
             query, valid = query.unsqueeze(3), self.valid.unsqueeze(1)
             return choose_blocks(query, landmarks, candidates.number, valid, **shared).block.squeeze(3)
         # each query chooses its own: older candidates by their score one block before the last k, those where they are
@@ -146,6 +174,9 @@ class DecodingStep:
             recent = landmarks[candidates.row, :, candidates.recent].transpose(1, 2).to(query.dtype)
         far = (query[..., 0, :].flatten(2, 3) @ older.transpose(-1, -2)).unflatten(2, query.shape[2:4])
         near = torch.linalg.vecdot(query[..., 1:, :], recent[:, :, None, None])
+        if biases is not None:
+            far = far + biases[:, :, None, None, : block.shape[-1] - k]
+            near = near + biases[candidates.row, :, candidates.recent].transpose(1, 2)[:, :, None, None]
         scores = torch.cat([far.expand(*far.shape[:-1], block.shape[-1] - k), near], dim=-1)
         column = top_latest(scores.masked_fill(none, -torch.inf), k)[1]
         return block.expand_as(scores).gather(-1, column).sort(-1).values

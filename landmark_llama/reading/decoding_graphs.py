@@ -97,7 +97,8 @@ class _Step:
 def _is_step(states: Tensor, table: Table) -> bool:
     """Whether a call is a step, all of it on one GPU, that neither waits for the device nor makes room."""
     return (
-        states.shape[1] <= STEP_COLUMNS
+        table.kernels
+        and states.shape[1] <= STEP_COLUMNS
         and table.settings.granularity != "token"  # whose blocks PyTorch chooses
         and all(storage.capacity and storage.key.device == states.device for storage in table.storages)
         and all(table.groups.stop <= storage.capacity * storage.block_size for storage in table.storages)

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from landmark_llama.attention.blockwise import attend_sequence
+from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, rotate_to_distances
-from landmark_llama.reading.storage import BlockStorage
+from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.rows.layout import Layout
 
 TILE_PAIRS = 16  # queries that read a block together: enough for a matrix product, few enough to fill
@@ -39,6 +40,7 @@ class Segment:
     most_candidates: the largest number of candidates in the batch.
     stop: the largest landmarked position after the call's columns.
     num_retrieved_blocks: how many of them each query retrieves at most.
+    pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     cache: LandmarkCache
@@ -47,13 +49,14 @@ class Segment:
     most_candidates: int
     stop: int
     num_retrieved_blocks: int
+    pooled: bool = False
 
     @classmethod
-    def of(cls, layout: Layout, cache: LandmarkCache, num_retrieved_blocks: int) -> Segment:
+    def of(cls, layout: Layout, cache: LandmarkCache, num_retrieved_blocks: int, pooled: bool = False) -> Segment:
         device, candidates = layout.source.device, layout.start // cache.block_size
         stop = int(layout.start.max()) + layout.source.shape[1]
         most = int(candidates.max())
-        return cls(cache, layout.start.to(device), candidates.to(device), most, stop, num_retrieved_blocks)
+        return cls(cache, layout.start.to(device), candidates.to(device), most, stop, num_retrieved_blocks, pooled)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Segment:
         """The same segment on `device` (the signature that accelerate's device hooks call)."""
@@ -61,12 +64,21 @@ class Segment:
         return replace(self, start=start, candidates=candidates)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of the segment's queries in one layer; its keys and values go to the cache.
 
         Args:
             query: (batch, columns, heads, head_dim), not rotated, as `key` and `value`, which have fewer heads.
+            landmark_query: the shape of `query`: what scores landmarks in its place.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
@@ -78,27 +90,32 @@ class Segment:
         with torch.autocast(query.device.type, enabled=False):
             # a layer that is recomputed for its gradients writes the same once more
             offset = (position % block_size).unsqueeze(-1)
+            prior = Prior.of(query, key.shape[2], offset, rotary, scale) if self.pooled else None
             storage = self.cache.layers[layer_idx].update(
-                rotary.rotate(key.detach(), offset), value.detach(), self.start, self.stop
+                rotary.rotate(key.detach(), offset), value.detach(), self.start, self.stop, prior
             )
-            output, lse = attend_sequence(
-                rotary.rotate(query, column).transpose(1, 2),
-                rotary.rotate(key, column).transpose(1, 2),
-                value.transpose(1, 2),
-                block_size,
-                scale,
-            )
+            rotated, rotated_key = (rotary.rotate(x, column).transpose(1, 2) for x in (query, key))
+            scoring = None if landmark_query is None else rotary.rotate(landmark_query, column).transpose(1, 2)
+            bias = None
+            if self.pooled:
+                rotated_key, bias = pool_rows(rotated_key, rotated, block_size, scale)
+            output, lse = attend_sequence(rotated, rotated_key, value.transpose(1, 2), block_size, scale, scoring, bias)
             if self.num_retrieved_blocks and self.most_candidates:
-                grouped = query.transpose(1, 2).unflatten(1, (key.shape[2], -1))
+                grouped, scoring = (
+                    None if x is None else x.transpose(1, 2).unflatten(1, (key.shape[2], -1))
+                    for x in (query, landmark_query)
+                )
                 window = output.view(grouped.shape), lse.view(grouped.shape[:-1])
                 settings = {"position": position, "rotary": rotary, "scale": scale}
-                output = self._add_retrieved(grouped, window, storage, landmarks_tie=layer_idx == 0, **settings)
+                tie = layer_idx == 0 and not self.pooled
+                output = self._add_retrieved(grouped, scoring, window, storage, landmarks_tie=tie, **settings)
                 output = output.flatten(1, 2)
         return output.transpose(1, 2).to(query.dtype)
 
     def _add_retrieved(
         self,
         query: Tensor,
+        landmark_query: Tensor | None,
         window: tuple[Tensor, Tensor],
         storage: BlockStorage,
         *,
@@ -109,12 +126,14 @@ class Segment:
     ) -> Tensor:
         """`attend_chosen` over the blocks of earlier calls, for `query` (batch, kv_heads, group, columns, head_dim).
 
-        What that needs is gathered again for the backward: it is several times what the queries themselves take.
+        `landmark_query`, likewise, scores the landmarks in its place. What that needs is gathered again for the
+        backward: it is several times what the queries themselves take.
         """
         block_size = self.cache.block_size
         with torch.no_grad():
             # all queries are one group of those that `choose_blocks` knows
-            grouped, group_position = (query * scale).unsqueeze(3), position.expand(len(query), 1, -1)
+            scoring = query if landmark_query is None else landmark_query
+            grouped, group_position = (scoring * scale).unsqueeze(3), position.expand(len(query), 1, -1)
             choice = choose_blocks(
                 rotate_to_distances(grouped, group_position, self.num_retrieved_blocks, block_size, rotary),
                 storage.landmarks(self.most_candidates),
@@ -122,19 +141,25 @@ class Segment:
                 torch.ones_like(group_position, dtype=torch.bool),
                 granularity="token_and_head",
                 landmarks_tie=landmarks_tie,
+                biases=storage.biases(self.most_candidates),
             )
             block, distance = choice.block.squeeze(3), choice.distance().squeeze(3) * block_size
             earlier = torch.arange(self.most_candidates, device=query.device).expand(len(query), 1, -1)
 
-        def attend(query: Tensor, output: Tensor, lse: Tensor) -> Tensor:
+        def attend(query: Tensor, landmark_query: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
             # in full precision, as in reading
-            rotated = rotary.rotate(query.to(output.dtype) * scale, position).unsqueeze(-2)
-            return attend_chosen(rotary.rotate(rotated, distance), *storage.gather(earlier), block, (output, lse))
+            query, scoring = (
+                None if x is None else rotary.rotate(x.to(output.dtype) * scale, position).unsqueeze(-2)
+                for x in (query, landmark_query)
+            )
+            query, scoring = (None if x is None else rotary.rotate(x, distance) for x in (query, scoring))
+            landmarks = scoring, storage.gather_biases(earlier)
+            return attend_chosen(query, *storage.gather(earlier), block, (output, lse), *landmarks)
 
-        return _recomputed(attend, query, *window)
+        return _recomputed(attend, query, landmark_query, *window)
 
 
-def _recomputed(function: Any, *tensors: Tensor) -> Tensor:
+def _recomputed(function: Any, *tensors: Tensor | None) -> Tensor:
     """`function(*tensors)` under activation checkpointing: the backward calls it again."""
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
@@ -179,7 +204,15 @@ def check_segment(
     return settings
 
 
-def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, window: tuple[Tensor, Tensor]) -> Tensor:
+def attend_chosen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: Tensor,
+    window: tuple[Tensor, Tensor],
+    landmark_query: Tensor | None = None,
+    landmark_bias: Tensor | None = None,
+) -> Tensor:
     """Adds retrieved blocks to the attention over a window; differentiable in all tensors of real numbers.
 
     Args:
@@ -188,6 +221,8 @@ def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, wind
         block: (batch, kv_heads, ..., k): the chosen blocks; negative where a query has fewer than k.
         window: attention output (batch, kv_heads, ..., head_dim) and logsumexp (batch, kv_heads, ...) of the same
             queries over what they read directly.
+        landmark_query: the shape of `query`: what scores landmarks in its place.
+        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks.
 
     Returns:
         (batch, kv_heads, ..., head_dim): attention over the window and the chosen blocks together, in the dtype of the
@@ -199,7 +234,13 @@ def attend_chosen(query: Tensor, key: Tensor, value: Tensor, block: Tensor, wind
     # (tiles, block_size, TILE_PAIRS): a softmax over what is not the last dimension is the faster one
     scores = key.flatten(0, 2).index_select(0, tiles.block) @ tiles.gather(query).transpose(-1, -2)
     inside = scores[:, :-1].softmax(1)
-    landmark = tiles.scatter(scores[:, -1].flatten(), block.shape).masked_fill(block < 0, -torch.inf)
+    landmark = scores[:, -1]  # (tiles, TILE_PAIRS)
+    if landmark_query is not None:
+        landmark_key = key[..., -1, :].flatten(0, 2).index_select(0, tiles.block).unsqueeze(1)
+        landmark = torch.linalg.vecdot(tiles.gather(landmark_query.to(output.dtype)), landmark_key)
+    if landmark_bias is not None:
+        landmark = landmark + landmark_bias.to(output.dtype).flatten()[tiles.block].unsqueeze(-1)
+    landmark = tiles.scatter(landmark.flatten(), block.shape).masked_fill(block < 0, -torch.inf)
     # the window is one more block: its logsumexp stands for a landmark, its output for what the block holds
     share = torch.cat([lse.unsqueeze(-1), landmark], dim=-1).softmax(-1)
     weights = inside * tiles.gather(share[..., 1:].unsqueeze(-1)).transpose(-1, -2)

@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from landmark_llama.attention.pooling import pool_block
+from landmark_llama.attention.rotary import RotaryTable
+
+
+class Prior(NamedTuple):
+    """What landmark keys are pooled with: `query` (batch, length, kv_heads, head_dim), rotated by its offset, of which
+    that of each landmark is used, and the `scale` of the scores.
+    """
+
+    query: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, query: Tensor, kv_heads: int, offset: Tensor, rotary: RotaryTable, scale: float) -> Prior:
+        """The prior of `query` (batch, length, heads, head_dim), not rotated: the heads of a KV head share their mean.
+
+        offset: (batch or 1, length, 1): positions from the start of its block to each query.
+        """
+        mean = (
+            query.detach().unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(query.dtype, torch.float32))
+        )
+        return cls(rotary.rotate(mean, offset), scale)
 
 
 class BlockStorage(Protocol):
     """Keys and values of one layer, by row, KV head and block. Every position is written before it is read.
 
     Shapes: `batch` rows, `kv_heads`, `blocks` of `block_size` positions, `head_dim`. Landmark keys are kept apart as
-    well, because selection reads them all at each step while it reads only a few blocks.
+    well, because selection reads them all at each step while it reads only a few blocks. Where landmark keys are pooled
+    (`attention/pooling.py`), they are made when their block is complete, and stand in the places of the landmarks.
     """
 
     def expect(self, blocks: int) -> None:
         """Announces that rows will soon hold `blocks` blocks, so that room for them is made once."""
 
-    def write(self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None) -> None:
+    def write(
+        self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None, prior: Prior | None = None
+    ) -> None:
         """Stores (batch, length, kv_heads, head_dim) at landmarked positions `start[row] ..`, growing where needed.
 
         stop: the largest of the positions after what is stored, where the caller knows it: no GPU need be asked.
+        prior: pool the landmark keys of the blocks that this completes.
         """
 
     def landmarks(self, blocks: int) -> Tensor:
         """Landmark keys (batch, kv_heads, blocks, head_dim) of the first `blocks` blocks, without a copy."""
+
+    def biases(self, blocks: int) -> Tensor | None:
+        """What is added to the landmarks' scores, (batch, kv_heads, blocks), without a copy; None if nothing is."""
+
+    def gather_biases(self, blocks: Tensor) -> Tensor | None:
+        """The same (batch, kv_heads, ...) of blocks (batch, kv_heads or 1, ...)."""
 
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (batch, kv_heads, ..., block_size, head_dim) of blocks (batch, kv_heads or 1, ...)."""
@@ -45,6 +78,7 @@ class DeviceStorage:
         self.key: Tensor | None = None  # (batch, kv_heads, capacity, block_size, head_dim)
         self.value: Tensor | None = None
         self.landmark: Tensor | None = None  # (batch, kv_heads, capacity, head_dim)
+        self.bias: Tensor | None = None  # (batch, kv_heads, capacity), at least fp32, where landmark keys are pooled
         self.expected = 0
 
     @property
@@ -55,12 +89,19 @@ class DeviceStorage:
     def expect(self, blocks: int) -> None:
         self.expected = blocks + blocks // 8
 
-    def write(self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None) -> None:
+    def write(
+        self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None, prior: Prior | None = None
+    ) -> None:
         rows, length = key.shape[:2]
         if self.key is not None and (rows, *key.shape[2:]) != (self.key.shape[0], self.key.shape[1], self.key.shape[4]):
             raise ValueError(
                 f"the cache holds {self.key.shape[0]} rows of {self.key.shape[1]} KV heads of {self.key.shape[4]}; "
                 f"got {rows} rows of {key.shape[2]} of {key.shape[3]}: use one cache for one batch and model"
+            )
+        if self.key is not None and (self.bias is None) != (prior is None):
+            held, given = ("token", "pooled") if self.bias is None else ("pooled", "token")
+            raise ValueError(
+                f"landmark_key={given!r}: the cache holds {held!r} landmark keys: read the text in a new one"
             )
         stop = int(start.max()) + length if stop is None else stop
         self._reserve(-(-stop // self.block_size), key)
@@ -70,21 +111,43 @@ class DeviceStorage:
             stored.flatten(2, 3)[row, :, position] = x.to(stored.dtype)
         # the last key of every block written to: which blocks are complete need not be known, the others' is never read
         touched = torch.cat([position[:, :: self.block_size], position[:, -1:]], dim=1) // self.block_size
+        if prior is not None:
+            self._pool(row, touched, position[:, :1], prior)
         self.landmark[row, :, touched] = self.key[row, :, touched, -1]
+
+    def _pool(self, row: Tensor, block: Tensor, start: Tensor, prior: Prior) -> None:
+        """Pools the landmark keys of `block` (batch, touched); of incomplete ones they are never read."""
+        column = (block + 1) * self.block_size - 1 - start
+        query = prior.query[row, column.clamp(0, prior.query.shape[1] - 1)]  # (batch, touched, kv_heads, head_dim)
+        pooled, bias = pool_block(self.key[row, :, block, :-1], query, prior.scale)
+        if self.bias is None:
+            self.bias = bias.new_zeros(self.key.shape[:3])
+        self.key[row, :, block, -1] = pooled
+        self.bias[row, :, block] = bias
 
     def landmarks(self, blocks: int) -> Tensor:
         return self.landmark[:, :, :blocks]
 
+    def biases(self, blocks: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[:, :, :blocks]
+
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        batch, kv_heads = self.key.shape[:2]
-        first = torch.arange(0, batch * kv_heads * self.capacity, self.capacity, device=blocks.device)
-        first = first.view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
-        # a window may reach past the last block of a short text; what it finds there is masked
-        index = first + blocks.clamp_max(self.capacity - 1)
+        index = self._index(blocks)
         return tuple(
             x.view(-1, self.block_size * x.shape[-1]).index_select(0, index.flatten()).view(*index.shape, *x.shape[-2:])
             for x in (self.key, self.value)
         )
+
+    def gather_biases(self, blocks: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.flatten()[self._index(blocks)]
+
+    def _index(self, blocks: Tensor) -> Tensor:
+        """Places of blocks (batch, kv_heads or 1, ...) among those of all rows and heads, one after the other."""
+        batch, kv_heads = self.key.shape[:2]
+        first = torch.arange(0, batch * kv_heads * self.capacity, self.capacity, device=blocks.device)
+        first = first.view(batch, kv_heads, *(1,) * (blocks.dim() - 2))
+        # a window may reach past the last block of a short text; what it finds there is masked
+        return first + blocks.clamp_max(self.capacity - 1)
 
     def select_rows(self, rows: Tensor) -> None:
         if self.key is not None:
@@ -92,6 +155,8 @@ class DeviceStorage:
             self.key, self.value, self.landmark = (
                 x.index_select(0, rows) for x in (self.key, self.value, self.landmark)
             )
+            if self.bias is not None:
+                self.bias = self.bias.index_select(0, rows)
 
     def _reserve(self, blocks: int, like: Tensor) -> None:
         """Makes room for `blocks` blocks a row. New room is zeroed: what is masked must still be finite."""
@@ -105,3 +170,5 @@ class DeviceStorage:
         else:
             self.key, self.value = (torch.cat([x, room], dim=2) for x in (self.key, self.value))
             self.landmark = torch.cat([self.landmark, room[..., 0, :]], dim=2)
+            if self.bias is not None:
+                self.bias = torch.nn.functional.pad(self.bias, (0, added))

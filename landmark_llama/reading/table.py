@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from landmark_llama.attention.availability import triton_is_installed
-from landmark_llama.attention.blockwise import attend_gathered, attend_window
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
 from landmark_llama.reading.groups import QueryGroups
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
 
 @dataclass(frozen=True)
@@ -30,46 +30,75 @@ class Table:
     groups: the chunk's queries.
     storages: the cache's blocks, layer by layer; each layer adds the chunk's own.
     settings: how many blocks are retrieved, and who shares a choice.
+    kernels: False: PyTorch attends on a GPU, too.
+    pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
     groups: QueryGroups
     storages: Sequence[BlockStorage]
     settings: RetrievalSettings
+    kernels: bool = True
+    pooled: bool = False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Table:
         """The same view with its groups on `device` (the signature that accelerate's device hooks call)."""
         return replace(self, groups=self.groups.to(device, non_blocking))
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first.
 
         Args:
             query: (batch, columns, heads, head_dim), not rotated.
             key, value: (batch, columns, kv_heads, head_dim), not rotated.
+            landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
         """
-        self.fill_cache_only(key, value, layer_idx=layer_idx, rotary=rotary)
+        self.fill_cache_only(query, key, value, layer_idx=layer_idx, rotary=rotary, scale=scale)
+        by_kv_head = key.shape[2], -1
         return attend_through_table(
-            query.unflatten(2, (key.shape[2], -1)),
+            query.unflatten(2, by_kv_head),
             self.storages[layer_idx],
             self.groups,
             num_retrieved_blocks=self.settings.num_retrieved_blocks,
             granularity=self.settings.granularity,
             rotary=rotary,
             scale=scale,
-            landmarks_tie=layer_idx == 0,
+            landmarks_tie=layer_idx == 0 and not self.pooled,
+            kernels=self.kernels,
+            landmark_query=None if landmark_query is None else landmark_query.unflatten(2, by_kv_head),
         ).flatten(2, 3)
 
-    def fill_cache_only(self, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable) -> None:
-        """Stores the chunk's keys, rotated by their offsets in their blocks, and its values."""
+    def fill_cache_only(
+        self,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+    ) -> None:
+        """Stores the chunk's keys, rotated by their offsets in their blocks, and its values.
+
+        query: only needed where landmark keys are pooled.
+        """
         storage, groups = self.storages[layer_idx], self.groups
         position = groups.start.unsqueeze(1) + torch.arange(key.shape[1], device=key.device)
-        key = rotary.rotate(key, (position % storage.block_size).unsqueeze(-1))
-        storage.write(key, value, groups.start, groups.stop)
+        offset = (position % storage.block_size).unsqueeze(-1)
+        prior = Prior.of(query, key.shape[2], offset, rotary, scale) if self.pooled else None
+        storage.write(rotary.rotate(key, offset), value, groups.start, groups.stop, prior)
 
 
 def attend_through_table(
@@ -82,6 +111,8 @@ def attend_through_table(
     rotary: RotaryTable,
     scale: float,
     landmarks_tie: bool,
+    kernels: bool = True,
+    landmark_query: Tensor | None = None,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
 
@@ -89,31 +120,38 @@ def attend_through_table(
         query: (batch, columns, kv_heads, group, head_dim), not rotated.
         rotary: holds every position that a window can ask for.
         landmarks_tie: as in `choose_blocks`.
+        kernels: use the GPU kernels where they can run. False: PyTorch.
+        landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels_take(storage, query.dtype, rotary)
-    grouped = rotated = choice = None
+    kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
+    grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
+        if landmark_query is not None:
+            scoring = groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
     if num_retrieved_blocks and groups.candidates:
         shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
         if grouped is None:
             choice = _choose_with_kernels(query, storage, groups, **shared, **settings)
         else:
-            rotated, choice = _choose_in_pytorch(grouped, storage, groups, **shared, **settings)
+            rotated, rotated_scoring, choice = _choose_in_pytorch(
+                grouped, scoring, storage, groups, **shared, **settings
+            )
     if kernels:
         return _attend_with_kernels(query, storage, groups, choice, **settings)
-    output, lse = _attend_direct(grouped, storage, groups, **settings)
+    output, lse = _attend_direct(grouped, scoring, storage, groups, **settings)
     if choice is not None:
-        output = _add_retrieved(output, lse, rotated, choice, storage)
+        output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
 
 
 def _choose_in_pytorch(
     query: Tensor,
+    scoring: Tensor | None,
     storage: BlockStorage,
     groups: QueryGroups,
     *,
@@ -123,19 +161,26 @@ def _choose_in_pytorch(
     block_size: int,
     rotary: RotaryTable,
     scale: float,
-) -> tuple[Tensor, Choice]:
-    """`query` (batch, kv_heads, group, groups, queries, head_dim), rotated to the slots, and the blocks it chose."""
-    rotated = rotate_to_distances(query * scale, groups.position, k, block_size, rotary)
+) -> tuple[Tensor, Tensor | None, Choice]:
+    """`query` (batch, kv_heads, group, groups, queries, head_dim), rotated to the slots, and the blocks it chose.
+
+    `scoring`, likewise, scores the landmarks in its place.
+    """
+    rotated, rotated_scoring = (
+        None if x is None else rotate_to_distances(x * scale, groups.position, k, block_size, rotary)
+        for x in (query, scoring)
+    )
     landmarks = storage.landmarks(groups.candidates)
     choice = choose_blocks(
-        rotated,
+        rotated if rotated_scoring is None else rotated_scoring,
         landmarks,
         groups.first_block,
         groups.valid,
         granularity=granularity,
         landmarks_tie=landmarks_tie,
+        biases=storage.biases(groups.candidates),
     )
-    return rotated, choice
+    return rotated, rotated_scoring, choice
 
 
 def _choose_with_kernels(
@@ -159,8 +204,15 @@ def _attend_with_kernels(
         return attend_table(query.contiguous(), storage.key, storage.value, groups, block, **rows)
 
 
-def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable) -> bool:
-    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does."""
+def kernels_take(
+    storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable, landmark_query: Tensor | None = None
+) -> bool:
+    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does.
+
+    They know neither a query of the landmarks' own nor the bias of pooled landmark keys.
+    """
+    if landmark_query is not None or storage.biases(0) is not None:
+        return False
     if not (isinstance(storage, DeviceStorage) and storage.capacity and storage.key.is_cuda and triton_is_installed()):
         return False
     from landmark_llama.reading.table_triton import supported
@@ -170,39 +222,66 @@ def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable)
 
 
 def _attend_direct(
-    query: Tensor, storage: BlockStorage, groups: QueryGroups, *, block_size: int, rotary: RotaryTable, scale: float
+    query: Tensor,
+    scoring: Tensor | None,
+    storage: BlockStorage,
+    groups: QueryGroups,
+    *,
+    block_size: int,
+    rotary: RotaryTable,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the tiles' windows."""
+    """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the tiles' windows.
+
+    `scoring`, likewise, scores the landmarks in its place.
+    """
     tiles = groups.base.shape[1]
     slot = torch.arange(groups.window, device=query.device)
     block = (groups.base.unsqueeze(-1) + slot).clamp_min(0).minimum(groups.last_block[:, None, None])
     key, value = storage.gather(block.unsqueeze(1))
     key = rotary.rotate(key, (slot * block_size).unsqueeze(-1)).flatten(-3, -2)
     position = groups.window_position.unflatten(1, (1, 1, -1))
-    tiled = query.flatten(3, 4).unflatten(
-        3, (tiles, -1)
-    )  # (batch, kv_heads, group, tiles, queries of a tile, head_dim)
-    # the query heads of a KV head stand one after the other in a tile's queries
-    rotated = rotary.rotate(tiled, position).transpose(2, 3).flatten(3, 4)
-    position, first = (
+
+    def rotated_in_tiles(x: Tensor) -> Tensor:
+        tiled = x.flatten(3, 4).unflatten(3, (tiles, -1))  # (batch, kv_heads, group, tiles, queries, head_dim)
+        # the query heads of a KV head stand one after the other in a tile's queries
+        return rotary.rotate(tiled, position).transpose(2, 3).flatten(3, 4)
+
+    rotated, scoring = rotated_in_tiles(query), None if scoring is None else rotated_in_tiles(scoring)
+    place, first = (
         x.unsqueeze(1).repeat(1, 1, 1, query.shape[2]) for x in (groups.window_position, groups.window_first)
     )
-    output, lse = attend_window(rotated, key, value.flatten(-3, -2), position, first, block_size, scale)
+    biases = storage.gather_biases(block.unsqueeze(1))
+    output, lse = attend_window(rotated, key, value.flatten(-3, -2), place, first, block_size, scale, scoring, biases)
     output = output.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     lse = lse.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     return output.reshape(query.shape), lse.reshape(query.shape[:-1])
 
 
-def _add_retrieved(output: Tensor, lse: Tensor, rotated: Tensor, choice: Choice, storage: BlockStorage) -> Tensor:
+def _add_retrieved(
+    output: Tensor,
+    lse: Tensor,
+    rotated: Tensor,
+    rotated_scoring: Tensor | None,
+    choice: Choice,
+    storage: BlockStorage,
+) -> Tensor:
     """Adds the chosen blocks to `output` (batch, kv_heads, group, groups, queries, head_dim) over the direct ones."""
     # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
     choices = choice.block.shape[4]
     shape = (choices, output.shape[4] // choices)
-    key, value = storage.gather(choice.block.clamp_min(0))
+    block = choice.block.clamp_min(0)
+    key, value = storage.gather(block)
+    query, scoring = (
+        None if x is None else choice.at_their_distances(x).unflatten(4, shape).transpose(-3, -2)
+        for x in (rotated, rotated_scoring)
+    )
     return attend_gathered(
-        choice.at_their_distances(rotated).unflatten(4, shape).transpose(-3, -2),
+        query,
         key,
         value,
         (choice.block >= 0).unsqueeze(-1),
         (output.unflatten(4, shape), lse.unflatten(4, shape)),
+        scoring,
+        storage.gather_biases(block),
     ).flatten(4, 5)

@@ -176,12 +176,27 @@ class Documents:
         return Documents(*moved, self.shapes, self.whole)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_idx: int, rotary: RotaryTable, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer_idx: int,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer; arguments and result as those of `WholeRows.attend`."""
-        query, key = rotary.rotate_all(self.position.unsqueeze(-1), query, key)
+        position = self.position.unsqueeze(-1)
+        query, key = rotary.rotate_all(position, query, key)
         batches = zip(*(self._unpack(x) for x in (query, key, value)), strict=True)
-        outputs = [self.whole.attend_rotated(*batch, scale=scale) for batch in batches]
+        landmark_queries = [None] * len(self.shapes)
+        if landmark_query is not None:
+            landmark_queries = self._unpack(rotary.rotate(landmark_query, position))
+        outputs = [
+            self.whole.attend_rotated(*batch, scale=scale, landmark_query=own)
+            for batch, own in zip(batches, landmark_queries, strict=True)
+        ]
         packed = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outputs]).index_select(0, self.place)
         return packed.unflatten(0, self.position.shape)
 
