@@ -51,7 +51,7 @@ from finetune.data.prepare import Rows, make_rows
 from finetune.demo.corpus import embedded_files
 from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_distribution, whole_weights
-from finetune.kernels import KernelCheck
+from finetune.kernel_check import KernelCheck
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
 from finetune.passkeys import PassKeys

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from finetune.arguments import UserError, parse_arguments
 from finetune.checkpoints.output import COMPLETE, METRICS, checkpoints
 from finetune.checkpoints.resume import SETTINGS
+from finetune.data.prepare import make_rows
 from finetune.demo.corpus import write_corpus
 from finetune.demo.tokenizer import to_fast_tokenizer, train_sentencepiece
 from finetune.run import finetune, main
@@ -279,7 +281,13 @@ def test_dense_and_landmark_runs_are_measured_on_the_same_tokens(
         assert dense[name] == landmark[name]
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), LlamaForCausalLM)
     assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path).config, "landmark_token_id")
-    assert dense["perplexity"] == pytest.approx(landmark["perplexity"], rel=0.2)
+    model, data_args, run, _ = parse_arguments(flags(base, data, tmp_path))
+    rows = make_rows(data_args, AutoTokenizer.from_pretrained(base), model.block_size, None, run.seed).heldout
+    ids = torch.stack([row["input_ids"] for row in rows])
+    for folder, metrics in ((tmp_path, dense), (finished, landmark)):
+        with torch.no_grad():
+            loss = AutoModelForCausalLM.from_pretrained(folder)(ids, labels=ids).loss
+        assert math.log(metrics["perplexity"]) == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])

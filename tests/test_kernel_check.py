@@ -8,7 +8,7 @@ from test_finetune_run import base, data, flags  # noqa: F401
 from tiny import random_ids, tiny_model
 from torch import Tensor
 
-from finetune import kernels as finetune_kernels
+from finetune import kernel_check
 from finetune.arguments import UserError, parse_arguments
 from finetune.checkpoints.output import checkpoints
 from finetune.checkpoints.resume import run_settings
@@ -37,9 +37,13 @@ def refuse(*_, **__) -> None:
 
 @without_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_right_kernels_pass_in_every_layer(dtype: torch.dtype, as_on_a_gpu: None) -> None:
+def test_right_kernels_pass_in_every_layer(
+    dtype: torch.dtype, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, asked = fused.fused_landmark_attention, []
+    monkeypatch.setattr(fused, "fused_landmark_attention", lambda *rows: asked.append(rows) or kernels(*rows))
     model = tiny_model(num_hidden_layers=3).to(dtype).train()
-    assert check_kernels(model, IDS) == 3
+    assert check_kernels(model, IDS) == len(asked) == 3
     assert model.training and all(weight.grad is None for weight in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -126,7 +130,7 @@ def test_a_run_with_wrong_kernels_ends_before_its_first_step(
             raise KernelsDifferError("layer 0: the kernels' output is off by 1")
         return 0
 
-    monkeypatch.setattr(finetune_kernels, "check_kernels", check)
+    monkeypatch.setattr(kernel_check, "check_kernels", check)
     with pytest.raises(UserError, match="wrongly on cpu: layer 0: .* is off by 1; --kernels false trains") as error:
         main(flags(base, data, tmp_path))
     assert "\n" not in str(error.value) and not checkpoints(tmp_path, complete=False)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from eval_passkey import pictures
 from eval_passkey.pictures import _depth_counts as depth_counts
 from eval_passkey.pictures import draw
 from eval_passkey.report import (
@@ -129,6 +130,49 @@ def test_pictures_are_drawn_without_a_display(contexts, tasks, tmp_path: Path, m
             content = path.read_bytes()
             assert content.startswith(PNG) and len(content) > 10_000
             path.unlink()
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that are drawn, in order."""
+    drawn, new = [], pictures._new_figure
+
+    def kept(*size):
+        figure, axes = new(*size)
+        drawn.append(figure)
+        return figure, axes
+
+    monkeypatch.setattr(pictures, "_new_figure", kept)
+    return drawn
+
+
+def test_the_pictures_show_what_was_counted(figures: list, tmp_path: Path):
+    rows = [row(512, True, 0.0, phase=0), row(512, False, 1.0, phase=1), row(1024, True, 1.0, phase=1)]
+    rows += [row(1024, True, 0.0, phase=2)]
+    baseline = [row(512, False, 0.0, phase=0), row(512, False, 1.0, phase=2)]
+    draw([Measured("model (a)", rows, 256, 2, 3), Measured("baseline (b)", baseline, 512, 2, 3)], tmp_path)
+    accuracy, depth, phase = figures
+    (axes,) = accuracy.axes
+    shown = {bar.get_label(): bar for bar in axes.containers}
+    assert shown.keys() == {"model (a)", "baseline (b)"}
+    for label, lengths, shares in (("model (a)", [512, 1024], [50, 100]), ("baseline (b)", [512], [0])):
+        line, _, (bars,) = shown[label]
+        assert line.get_ydata() == pytest.approx(shares)
+        assert line.get_xdata() == pytest.approx(lengths, rel=0.02)  # lines stand a little apart
+        ends = [segment[:, 1] / 100 for segment in bars.get_segments()]
+        right = [round(share / 100 * 2) for share in shares]
+        assert [tuple(pair) for pair in ends] == [pytest.approx(wilson_interval(count, 2)) for count in right]
+    dotted = [line.get_xdata()[0] for line in axes.lines if ": trained at " in line.get_label()]
+    assert dotted == [256, 512]
+
+    def cells(axes) -> list[str]:
+        return [text.get_text() for text in axes.texts]
+
+    assert [axes.get_title() for axes in depth.axes[:2]] == ["model (a), passkey", "baseline (b), passkey"]
+    assert cells(depth.axes[0]) == ["1/1", "1/1", "0/1", "1/1"]  # a line a depth, a column a length
+    assert depth.axes[0].images[0].get_array().tolist() == [[1, 1], [0, 1]]
+    assert [label.get_text() for label in depth.axes[0].get_yticklabels()] == ["0 %", "100 %"]
+    assert cells(phase.axes[0]) == ["1/1", "1/2", "1/1"] and cells(phase.axes[1]) == ["0/1", "0/1"]
 
 
 def test_no_picture_by_phase_where_there_are_no_blocks(tmp_path: Path):

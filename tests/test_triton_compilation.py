@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+import triton
 from triton_compilation import MEMORY
 
 SCRIPT = Path(__file__).with_name("triton_compilation.py")
@@ -23,6 +24,9 @@ SPILLS = {
     "choose_kernel": {80: 16},
     "attend_kernel": {80: 64, 90: 64},
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+    # by another assembler, ptxas 13.4, and with less shared memory
+    SPILLS["forward_kernel"][90], SPILLS["key_gradient_kernel"][90] = 16, 160
 KERNELS = {"training": 3, "inference": 7}  # how many there are
 
 

@@ -126,7 +126,7 @@ def landmark_attention(
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     landmarks = landmark_query, landmark_bias
-    if kernels and query.is_cuda and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
+    if kernels and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
         from landmark_llama.attention.fused import fused_landmark_attention
 
         return fused_landmark_attention(query, key, value, block_size, scale)
