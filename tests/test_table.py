@@ -296,7 +296,11 @@ def test_reading_through_the_cache_is_as_accurate_as_plain_attention_in_low_prec
     k = 5 - num_local_blocks
     low = tiny_model(num_retrieved_blocks=k, num_local_blocks=num_local_blocks).to(dtype)
     ids = random_ids(8, 17)
-    monkeypatch.setattr("landmark_llama.attention.whole_rows.landmark_attention", landmark_attention_reference)
+
+    def definition(*inputs: Tensor, kernels: bool, **settings: Any) -> Tensor:
+        return landmark_attention_reference(*inputs, **settings)
+
+    monkeypatch.setattr("landmark_llama.attention.whole_rows.landmark_attention", definition)
     reference = in_float64(low)(ids).logits.float()  # of the weights as they are in low precision
     assert_as_accurate(logits_in_calls(low, ids, [1, 9]), low(ids).logits, reference)
 
