@@ -16,7 +16,7 @@ KINDS = ("needles", "tracking", "key_value", "line_retrieval")
 @pytest.fixture(scope="module")
 def training_words() -> set[str]:
     """Words of the list that the demo's corpus is made of."""
-    (path,) = (ROOT / "finetune").rglob("corpus_wording.json")
+    (path,) = (ROOT / "finetune").rglob("wording.json")
     shapes = [text for texts in json.loads(path.read_text(encoding="utf-8")).values() for text in texts]
     return {word for text in shapes for word in re.findall(r"[a-z]+", text.lower())}
 
