@@ -9,8 +9,29 @@ from eval_passkey.prompts import InputError
 from eval_passkey.tasks import TaskName
 
 
+@dataclass(kw_only=True)
+class ReadingArguments:
+    """How models are loaded, and how a landmark model reads."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto: as in the checkpoint."}
+    )
+    device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
+    num_retrieved_blocks: int | None = field(default=None, metadata={"help": "Landmark model: blocks a query reads."})
+    num_local_blocks: int | None = field(
+        default=None, metadata={"help": "Landmark model: blocks before a query's own that it reads directly."}
+    )
+    retrieval_granularity: str | None = field(
+        default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
+    )
+    local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
+    kernels: bool = field(
+        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
+    )
+
+
 @dataclass
-class Arguments:
+class Arguments(ReadingArguments):
     """What is measured, and how."""
 
     model: str = field(metadata={"help": "Folder or hub id of a causal language model with its tokenizer."})
@@ -54,21 +75,6 @@ class Arguments:
     )
     num_depths: int = field(default=5, metadata={"help": "Depths of the grid; has to divide --samples."})
     seed: int = field(default=0, metadata={"help": "Seed of the first prompt of a length; the next has the next one."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: as in the checkpoint."}
-    )
-    device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
-    num_retrieved_blocks: int | None = field(default=None, metadata={"help": "Landmark model: blocks a query reads."})
-    num_local_blocks: int | None = field(
-        default=None, metadata={"help": "Landmark model: blocks before a query's own that it reads directly."}
-    )
-    retrieval_granularity: str | None = field(
-        default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
-    )
-    local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
-    kernels: bool = field(
-        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
-    )
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
+from eval_passkey.arguments import ReadingArguments
 from eval_passkey.models import Subject, device_in_words, find_subject, versions
 from eval_passkey.prompts import InputError
 from eval_passkey.results import ResultsFolder
@@ -37,8 +38,8 @@ from landmark_llama.configuration import RETRIEVAL_SETTINGS
 ROW = ("method", "document", "digest", "length", "end", "tokens", "bytes", "nll", "seconds")
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(ReadingArguments):
     """What is measured, and how."""
 
     model: str = field(metadata={"help": "Folder or hub id of a causal language model with its tokenizer."})
@@ -71,20 +72,8 @@ class Arguments:
     documents: int = field(default=20, metadata={"help": "The first so many that are long enough."})
     tokens_per_document: int | None = field(default=None, metadata={"help": "At most; default: the whole document."})
     seed: int = field(default=0, metadata={"help": "Of the bootstrap that intervals come from."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: as in the checkpoint."}
-    )
-    device: str = field(default="", metadata={"help": "cpu, cuda, cuda:1, ...; default: cuda where there is one."})
-    num_retrieved_blocks: int | None = field(default=None, metadata={"help": "Landmark model: blocks a query reads."})
-    num_local_blocks: int | None = field(
-        default=None, metadata={"help": "Landmark model: blocks before a query's own that it reads directly."}
-    )
     retrieval_granularity: str | None = field(
         default=None, metadata={"help": "Landmark model: token_and_head; the others look ahead and are refused."}
-    )
-    local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
-    kernels: bool = field(
-        default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
     )
     always_stream: bool = field(
         default=False, metadata={"help": "Landmark model: read through its memory what fits its window, too."}
