@@ -1,7 +1,8 @@
-"""LandmarkLlamaConfig: LLaMA's configuration plus the fields of landmark attention, validated."""
+"""The fields of landmark attention, validated, which a family's configuration gains; LLaMA's: LandmarkLlamaConfig."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -17,7 +18,7 @@ RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attenti
 
 
 class RetrievalSettings(NamedTuple):
-    """How a model reads texts longer than its window. Made and checked by `LandmarkLlamaConfig.retrieval`.
+    """How a model reads texts longer than its window. Made and checked by `LandmarkConfig.retrieval`.
 
     num_retrieved_blocks: blocks that a query retrieves.
     num_direct_blocks: blocks before its own that a query reads directly; in chunked attention, at most so many.
@@ -39,8 +40,9 @@ class RetrievalSettings(NamedTuple):
         return self.num_direct_blocks + 1
 
 
-class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
-    """Configuration of a landmark LLaMA: LLaMA's fields and the following.
+@dataclass(init=False, repr=False, eq=False, kw_only=True)  # as transformers makes of each configuration
+class LandmarkConfig(InstalledClass):
+    """Goes in front of a dense model's configuration, which gains the following fields.
 
     landmark_token_id: id of the landmark token. None only until a tokenizer has one.
     block_size: positions in a block, its landmark included (the paper's `mem_freq` + 1).
@@ -69,7 +71,8 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.
     """
 
-    model_type = "landmark_llama"
+    dense_type: ClassVar[str]  # `model_type` of the dense configuration
+    dense_name: ClassVar[str]  # what the family is called in sentences
     # Tools that cut prompts, as lm-eval does, look for a limit here before they take `max_position_embeddings` for one.
     # There is none; a trillion is safe as a machine integer, and a batch as wide as that is refused at once.
     n_positions: ClassVar[int] = 2**40
@@ -186,6 +189,13 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         tokens = self.vocab_size - self.num_padded_tokens
         if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < tokens:
             raise ValueError(f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {tokens} tokens")
+
+
+class LandmarkLlamaConfig(LandmarkConfig, LlamaConfig):
+    """Configuration of a landmark LLaMA: LLaMA's fields and those of `LandmarkConfig`."""
+
+    model_type = "landmark_llama"
+    dense_type, dense_name = "llama", "LLaMA"
 
 
 def _one_of(name: str, value: str, literal: Any) -> Any:

@@ -133,11 +133,11 @@ def mean_of_other_rows(weight: torch.Tensor, token_id: int) -> torch.Tensor:
     return others.float().mean(0).to(weight.dtype)
 
 
-class FromLlamaMixin:
-    """How a landmark LLaMA is made of a vanilla checkpoint, and loaded from its own."""
+class FromDenseMixin:
+    """How a landmark model is made of a dense checkpoint of its family, and loaded from its own."""
 
     @classmethod
-    def from_llama(
+    def from_dense(
         cls,
         source: str | PathLike[str] | LlamaForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
@@ -193,3 +193,9 @@ class FromLlamaMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a landmark checkpoint, as transformers does; a damaged or incomplete one raises an `OSError`."""
         return checked_load(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+
+class FromLlamaMixin(FromDenseMixin):
+    """`from_dense` by its older name."""
+
+    from_llama = FromDenseMixin.__dict__["from_dense"]
