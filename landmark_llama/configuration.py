@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -15,6 +16,26 @@ RetrievalGranularity = Literal["token_and_head", "head", "token"]
 LandmarkKey = Literal["token", "pooled"]
 
 RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attention", "retrieval_granularity")
+
+
+class Family(NamedTuple):
+    """The dense models that landmark models of one kind are made of.
+
+    dense_type: `model_type` of their configuration.
+    name: for sentences.
+    stem: what the names of the landmark classes begin with.
+    from_dense: name of the method that converts one.
+    """
+
+    dense_type: str
+    name: str
+    stem: str
+    from_dense: str = "from_dense"
+
+    @property
+    def conversion(self) -> str:
+        """How to convert a dense model, for error messages."""
+        return f"{self.stem}ForCausalLM.{self.from_dense}(path, tokenizer)"
 
 
 class RetrievalSettings(NamedTuple):
@@ -47,7 +68,8 @@ class LandmarkConfig(InstalledClass):
     landmark_token_id: id of the landmark token. None only until a tokenizer has one.
     block_size: positions in a block, its landmark included (the paper's `mem_freq` + 1).
     train_context_length: positions that the model was trained on, landmarks included. Rotary positions never leave this
-        range, however long the text. By default `max_position_embeddings`.
+        range, however long the text. By default `max_position_embeddings`, or what the dense model's layers with a
+        sliding window see, if that is less.
     num_retrieved_blocks: k, the number of blocks that each query retrieves.
     num_local_blocks: blocks read directly before a query's own block (`"sliding"` only). By default as many as fit.
         With fewer, retrieved blocks stand at a shorter distance (`docs/positions.md`).
@@ -71,8 +93,7 @@ class LandmarkConfig(InstalledClass):
         ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.
     """
 
-    dense_type: ClassVar[str]  # `model_type` of the dense configuration
-    dense_name: ClassVar[str]  # what the family is called in sentences
+    family: ClassVar[Family]
     # Tools that cut prompts, as lm-eval does, look for a limit here before they take `max_position_embeddings` for one.
     # There is none; a trillion is safe as a machine integer, and a batch as wide as that is refused at once.
     n_positions: ClassVar[int] = 2**40
@@ -92,9 +113,11 @@ class LandmarkConfig(InstalledClass):
     kernels: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.train_context_length is None:
-            self.train_context_length = self.max_position_embeddings
+        if getattr(self, "head_dim", None) is None:  # which some families leave to their models
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+        if self.train_context_length is None:
+            self.train_context_length = min(self.max_position_embeddings, self.dense_window or math.inf)
         self._check_tokens()
         self.check()
 
@@ -106,9 +129,16 @@ class LandmarkConfig(InstalledClass):
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As transformers', with what lets the Auto classes load the folder where the package was not imported."""
-        self.auto_map = auto_map(getattr(self, "auto_map", None))
+        self.auto_map = auto_map(getattr(self, "auto_map", None), self.family.stem)
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_loader(save_directory)
+        write_loader(save_directory, self.family.stem)
+
+    @property
+    def dense_window(self) -> int | None:
+        """Tokens that the dense model's layers with a sliding window see; None if it has no such layers."""
+        layers = getattr(self, "layer_types", None)
+        slides = getattr(self, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
+        return getattr(self, "sliding_window", None) if slides else None
 
     def retrieval(
         self,
@@ -152,6 +182,12 @@ class LandmarkConfig(InstalledClass):
     def check(self) -> None:
         """Raises ValueError if the settings do not fit each other. Call it again after changing a field."""
         self.retrieval()
+        if self.dense_window is not None and self.train_context_length > self.dense_window:
+            raise ValueError(
+                f"train_context_length={self.train_context_length}: layers of the dense model see no more than "
+                f"sliding_window={self.dense_window} tokens, and landmark attention reads a window whole: set at most "
+                f"train_context_length={self.dense_window}"
+            )
         _one_of("landmark_key", self.landmark_key, LandmarkKey)
         if self.landmark_query_rank < 0:
             raise ValueError(f"landmark_query_rank={self.landmark_query_rank}: must not be negative; 0 for none")
@@ -172,7 +208,7 @@ class LandmarkConfig(InstalledClass):
         if self.landmark_token_id is None:
             raise ValueError(
                 "landmark_token_id=None: this checkpoint has no landmark token; "
-                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+                f"make one of a {self.family.name} checkpoint with {self.family.conversion}"
             )
         if self.attention_dropout:
             raise ValueError(f"attention_dropout={self.attention_dropout}: landmark attention has no dropout, set 0")
@@ -195,7 +231,7 @@ class LandmarkLlamaConfig(LandmarkConfig, LlamaConfig):
     """Configuration of a landmark LLaMA: LLaMA's fields and those of `LandmarkConfig`."""
 
     model_type = "landmark_llama"
-    dense_type, dense_name = "llama", "LLaMA"
+    family = Family("llama", "LLaMA", "LandmarkLlama", "from_llama")
 
 
 def _one_of(name: str, value: str, literal: Any) -> Any:

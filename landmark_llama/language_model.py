@@ -73,7 +73,7 @@ class LandmarkForCausalLM(LandmarkPreTrained, SavedWithCard, FromDenseMixin, Lan
                 they only count on, they change nothing.
             past_key_values: what earlier calls read; this call is added to it.
             inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
-            labels: (batch, length), as for the dense model: -100 (and landmarks) are ignored, the shift happens here. One
+            labels: (batch, length), as for dense models: -100 (and landmarks) are ignored, the shift happens here. One
                 column more, (batch, length + 1), names the token that the last column predicts.
             use_cache: True returns a new `LandmarkCache` if none is given.
             logits_to_keep: the last so many columns (0: all), or a 1-dimensional tensor of columns. The loss is over
