@@ -15,7 +15,7 @@ ENDINGS = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM":
 
 
 class InstalledClass:
-    """Mixin of the classes that `auto_map` names: what `auto_map` leads to is the installed class, which is never copied."""
+    """Mixin of the classes that `auto_map` names: it leads to the installed class, which is never copied."""
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable, StillTable
-from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
+from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
@@ -60,7 +60,7 @@ class DecodingStep:
     @classmethod
     def of(
         cls,
-        config: LandmarkLlamaConfig,
+        config: LandmarkConfig,
         content: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -73,7 +73,7 @@ class DecodingStep:
         Args:
             content: ids (batch, 1) for a step; more columns, embeddings, or tensors of a GPU make no step.
             position_ids: checked, and otherwise of no use: a cache holds one document a row.
-            retrieval: arguments of `LandmarkLlamaConfig.retrieval`.
+            retrieval: arguments of `LandmarkConfig.retrieval`.
             rotary: holds every position that a step can ask for.
         """
         step = cache is not None and content.dim() == 2 and content.shape[1] == 1 and content.device.type == "cpu"
