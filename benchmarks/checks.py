@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.models import LANDMARK, ModelArguments, load_model, random_text
-from landmark_llama import LandmarkCache, LandmarkLlamaConfig, landmark_attention
+from landmark_llama import LandmarkCache, landmark_attention
 from landmark_llama.attention import landmark_attention_reference
+from landmark_llama.configuration import LandmarkConfig
 
 UNEVEN = (37, 1, 64, 5)  # lengths of the calls that a text is cut into, in turn
 # Rounding may choose either of two blocks whose scores are nearly equal. So one of several texts must come out right.
@@ -24,7 +25,7 @@ TEXTS = 3
 
 
 def check_attention(
-    args: ModelArguments, config: LandmarkLlamaConfig, attention: Callable[..., Tensor] | None = None
+    args: ModelArguments, config: LandmarkConfig, attention: Callable[..., Tensor] | None = None
 ) -> str | None:
     """Compares `attention` (default: the library's) with the definition: outputs and gradients over one window."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -52,7 +53,7 @@ def check_attention(
 
 
 @torch.inference_mode()
-def check_reading(args: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
+def check_reading(args: ModelArguments, config: LandmarkConfig) -> str | None:
     """Compares texts read through a cache with the same texts read in another way.
 
     1. A text that fits the block table must give the logits of one forward over all of it.

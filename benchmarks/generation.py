@@ -56,7 +56,8 @@ from benchmarks.models import (
     random_text,
     shape_of,
 )
-from landmark_llama import LandmarkCache, LandmarkLlamaConfig
+from landmark_llama import LandmarkCache
+from landmark_llama.configuration import LandmarkConfig
 
 CHECKED_LAYERS = 4  # random layers are all alike, and many large ones do not fit twice in float64
 QUANTITIES = ("prefill_seconds", "decode_ms_per_token", "peak_memory_mib")
@@ -110,7 +111,7 @@ class Arguments:
 
 def measure(
     args: ModelArguments,
-    config: LandmarkLlamaConfig,
+    config: LandmarkConfig,
     implementation: str,
     length: int,
     batch_size: int,

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-import landmark_llama
 from eval_passkey.prompts import Prompt, Task, drawn_length
 from eval_passkey.tasks import make_task
+from landmark_llama.configuration import LandmarkConfig
 
 
 def accuracy(
@@ -92,7 +92,7 @@ def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
 
 def block_tokens(config) -> int | None:
     """Ordinary tokens in a block of a landmark model; None for others."""
-    return config.block_size - 1 if isinstance(config, landmark_llama.LandmarkLlamaConfig) else None
+    return config.block_size - 1 if isinstance(config, LandmarkConfig) else None
 
 
 @contextmanager

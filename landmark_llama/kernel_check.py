@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from landmark_llama.attention import WholeRows, availability, landmark_attention_reference
-from landmark_llama.modeling import LandmarkLlamaAttention
+from landmark_llama.modeling import LandmarkAttention
 from landmark_llama.tokenization import plain_length
 
 FACTOR = 2.0
@@ -47,7 +47,7 @@ def check_kernels(model: nn.Module, input_ids: Tensor) -> int:
     if not (config.landmarks_as_in_the_paper and config.kernels and availability.kernels_run_on(input_ids.device)):
         return 0
     found: list[list[str]] = []
-    attentions = [module for module in model.modules() if isinstance(module, LandmarkLlamaAttention)]
+    attentions = [module for module in model.modules() if isinstance(module, LandmarkAttention)]
     handles = [module.register_forward_pre_hook(partial(_compare_in, found), with_kwargs=True) for module in attentions]
     training = model.training
     model.eval()

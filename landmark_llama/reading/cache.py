@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
@@ -75,13 +75,16 @@ class LandmarkCache(Cache):
 
     def __init__(
         self,
-        config: LandmarkLlamaConfig,
+        config: LandmarkConfig,
         storage: Callable[[int], BlockStorage] = DeviceStorage,
         *,
         cuda_graphs: bool = False,
     ) -> None:
-        if not isinstance(config, LandmarkLlamaConfig):
-            raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
+        if not isinstance(config, LandmarkConfig):
+            raise ValueError(
+                "config: a LandmarkCache is made from a landmark model's, such as a LandmarkLlamaConfig, got "
+                f"{type(config).__name__}"
+            )
         self.block_size = config.block_size
         self._make_storage = storage
         self.graphs = DecodingGraphs() if cuda_graphs and config.landmarks_as_in_the_paper else None
