@@ -6,13 +6,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from families import dense_in_float64, dense_model, every_family, landmark_model, logits_by_definition
-from tiny import LANDMARK, every_landmark, in_float64, logits_in_calls, ragged, random_ids
+from tiny import LANDMARK, LANDMARKS, every_landmark, in_float64, logits_in_calls, ragged, random_ids
 from tolerance import assert_as_accurate
 from torch import Tensor
 
 from landmark_llama import LandmarkCache
 from landmark_llama.attention.rotary import StillTable
 from landmark_llama.language_model import LandmarkForCausalLM
+
+EXACT = {"landmark_key": "pooled", "block_weight": "exact", "num_sink_blocks": 1}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -44,7 +46,10 @@ def test_where_all_blocks_fit_streaming_is_one_forward(family: str, landmark: di
         torch.testing.assert_close(logits_in_calls(model, ids, calls), expected)
 
 
-@every_landmark
+READING = pytest.mark.parametrize("landmark", [*LANDMARKS.values(), EXACT], ids=[*LANDMARKS, "exact"])
+
+
+@READING
 @every_family
 def test_a_long_text_gives_the_same_logits_however_it_is_cut_into_calls(family: str, landmark: dict) -> None:
     model, ids = in_float64(landmark_model(family, **landmark)), random_ids(2, 70)

@@ -17,7 +17,7 @@ import eval_perplexity.run
 from benchmarks.models import DENSE, LANDMARK, ModelArguments, dense_config, landmark_config, load_model
 from finetune.arguments import UserError
 from finetune.run import main
-from landmark_llama import load_adapter
+from landmark_llama import from_dense, load_adapter
 from landmark_llama.families import FAMILIES
 
 # two rows to spare: AutoTokenizer makes a Qwen2Tokenizer of what lies beside a Qwen2, which has a token more
@@ -115,8 +115,6 @@ def test_a_context_beyond_a_sliding_window_is_refused_in_one_sentence(
 def test_a_benchmark_compares_a_checkpoint_with_the_dense_model_of_its_family(
     family: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    from landmark_llama import from_dense
-
     tokenizer = byte_tokenizer()
     from_dense(bases[family], tokenizer, 8).save_pretrained(tmp_path)
     args = ModelArguments(model=str(tmp_path), device="cpu", dtype="float32")
@@ -126,3 +124,24 @@ def test_a_benchmark_compares_a_checkpoint_with_the_dense_model_of_its_family(
     assert dense.config.model_type == family and type(landmark) is FAMILIES[family]
     ids = torch.arange(2, 9).unsqueeze(0)  # within a block they are the same function
     torch.testing.assert_close(landmark(ids).logits[..., :260], dense(ids).logits[..., :260], rtol=1e-3, atol=1e-3)
+
+
+@every_family
+def test_the_likelihood_that_lm_eval_measures_is_that_of_one_forward_call(
+    family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm_eval]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = byte_tokenizer()
+    from_dense(bases[family], tokenizer, 8, num_retrieved_blocks=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    harness = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=1)
+    text = some_text(0)
+    (found,) = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    ids = torch.tensor([[harness.prefix_token_id, *harness.tok_encode(text)]])
+    assert ids.shape[1] > 4 * SHAPE["max_position_embeddings"]
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(tmp_path)(ids, labels=ids).loss
+    assert found == pytest.approx(float(-loss * (ids.shape[1] - 1)), rel=1e-4)

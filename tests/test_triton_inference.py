@@ -10,6 +10,7 @@ import torch
 from tolerance import assert_as_accurate
 from torch import Tensor
 
+from landmark_llama.attention.rotary import StillTable
 from landmark_llama.reading import table
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import DeviceStorage
@@ -212,6 +213,21 @@ def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeyp
         outputs.append(attend_through_table(case.query, case.storage, case.groups, **settings))
     real = case.groups.scatter(case.groups.valid)
     torch.testing.assert_close(outputs[1][real], outputs[0][real])
+
+
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_layers_without_rope_attend_with_the_kernels_as_without(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case([42, 0], [9, 3], share=granularity == "head")
+    settings = {"num_retrieved_blocks": case.k, "granularity": granularity, "scale": SCALE, "landmarks_tie": False}
+    outputs, still = [], StillTable.like(case.rotary)
+    for kernels, rotary in ((False, still), (True, still), (True, case.rotary)):
+        monkeypatch.setattr(table, "kernels_take", lambda *_, kernels=kernels: kernels)
+        outputs.append(attend_through_table(case.query, case.storage, case.groups, rotary=rotary, **settings))
+    pytorch, kernel, rotated = (output[case.groups.scatter(case.groups.valid)] for output in outputs)
+    torch.testing.assert_close(kernel, pytorch)
+    assert (kernel - rotated).abs().max() > 0.1
 
 
 def test_what_the_kernels_do_not_take_is_left_to_pytorch() -> None:
