@@ -37,11 +37,11 @@ class DecodingGraphs:
     """The recorded steps of one `LandmarkCache`.
 
     Args:
-        record: records a step; returns its replay and its output.
+        record: records a step; returns its replay and its output. None: `record_cuda_graph`.
     """
 
-    def __init__(self, record: Recorder = record_cuda_graph) -> None:
-        self._record = record
+    def __init__(self, record: Recorder | None = None) -> None:
+        self._record = record_cuda_graph if record is None else record
         self._addresses: Hashable = None  # of the cache when the steps were recorded
         self._steps: dict[Hashable, _Step | None] = {}
 

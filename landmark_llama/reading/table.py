@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed
+from landmark_llama.attention import availability
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
@@ -213,7 +213,9 @@ def kernels_take(
     """
     if landmark_query is not None or storage.biases(0) is not None:
         return False
-    if not (isinstance(storage, DeviceStorage) and storage.capacity and storage.key.is_cuda and triton_is_installed()):
+    if not (
+        isinstance(storage, DeviceStorage) and storage.capacity and availability.kernels_run_on(storage.key.device)
+    ):
         return False
     from landmark_llama.reading.table_triton import supported
 
