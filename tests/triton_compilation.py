@@ -1,6 +1,8 @@
 """Compiles kernels ahead of time, for GPUs that this machine need not have.
 
-    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes: all
+    python tests/triton_compilation.py training 90 7b published      # without shapes: all
+
+Families: training, training_landmarks (with a query or bias of the landmarks' own), inference.
 
 The launches of a real call are recorded instead of run, so arguments, tiles and specialisation are those of that call.
 Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program. Runs as a process
@@ -61,7 +63,7 @@ def compile_call(
         if isinstance(value, tuple):
             parts = [specialise(x, (*path, i)) for i, x in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # a named tuple keeps its names
-        if constant or (isinstance(value, int) and value == 1):
+        if constant or value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
         is_tensor = isinstance(value, torch.Tensor)
@@ -104,20 +106,24 @@ SHAPES = {
 }
 
 
-def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
-    """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first."""
+def training_calls(name: str, recorder: Recorder, landmarks: bool) -> Iterator[list[Call]]:
+    """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first.
+
+    landmarks: with a query or a bias of the landmarks' own.
+    """
     from landmark_llama.attention import fused
 
     heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
     query, key = (torch.empty(1, n, 4096, head_dim, dtype=dtype) for n in (heads, kv_heads))
     lse = torch.empty(query.shape[:3])
+    settings = (block_size, 0.1, torch.empty(*lse.shape, 4096 // block_size) if landmarks else None)
     every = fused.tiles
     for kernel in fused.TILES:
         tiles = every(kernel, head_dim, dtype)
         for tile in tiles:
             fused.tiles = lambda *_, tile=tile: (tile,)
-            torch.ops.landmark_llama.attention_forward(query, key, key, block_size, 0.1)
-            torch.ops.landmark_llama.attention_backward(query, query, key, key, query, lse, block_size, 0.1)
+            torch.ops.landmark_llama.attention_forward(query, key, key, *settings)
+            torch.ops.landmark_llama.attention_backward(query, query, key, key, query, lse, *settings)
         recorded, recorder.calls = recorder.calls, []
         yield [call for call in recorded if call[0].fn.__name__ == f"{kernel}_kernel"]
     fused.tiles = every
@@ -162,7 +168,7 @@ def constants(value: Any) -> Any:
 
 
 def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each distinct kernel of a family (`training`, `inference`) at the shapes `names`.
+    """A row for each distinct kernel of a family at the shapes `names`; families: as in the first line of usage.
 
     Of a kernel's tiles the first counts that the chip has room for, or the last.
     """
@@ -172,7 +178,10 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
     triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     for name in names:
         seen = set()
-        calls = training_calls(name, recorder) if family == "training" else inference_calls(name, recorder, memory)
+        if family.startswith("training"):
+            calls = training_calls(name, recorder, landmarks=family.endswith("landmarks"))
+        else:
+            calls = inference_calls(name, recorder, memory)
         for tiles in calls:
             kernel, arguments, options = tiles[0]
             key = (kernel.fn.__name__, *((k, constants(v)) for k, v in arguments.items()), *sorted(options.items()))

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from landmark_llama.attention import triton_tiles
 from landmark_llama.attention.triton_tiles import Strided, padded
+
+LOG2_E = tl.constexpr(triton_tiles.LOG2_E)
 
 
 class Sizes(NamedTuple):
@@ -158,6 +161,27 @@ def block_logits(
         o_own = (o_query // BLOCK)[:, None]
         b_landmark = tl.where(o_block < o_own, b_landmark, -float("inf"))
         b_landmark = tl.where(o_block == o_own, b_top + tl.log2(b_total), b_landmark)
+    return b_landmark
+
+
+@triton.jit
+def landmark_rows(p_landmark, o_row, size, BLOCK: tl.constexpr):
+    """(M,): pointers to rows of landmark logits (batch, heads, query_length, complete blocks); None if not given."""
+    if p_landmark is not None:
+        p_landmark = p_landmark + o_row * (size.key_length // BLOCK)
+    return p_landmark
+
+
+@triton.jit
+def landmark_logits(
+    b_landmark, p_logit, i_tile, o_query, key_length, BLOCK: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """(M, C): the landmark logits of a tile, to base 2: those given at the pointers `p_logit` (M,), or `b_landmark`."""
+    if p_logit is not None:
+        o_block = blocks(i_tile, BLOCK, N)
+        m_logit = (o_query < key_length)[:, None] & (o_block < key_length // BLOCK)[None, :]
+        # (M, C)
+        b_landmark = tl.load(p_logit[:, None] + o_block[None, :], mask=m_logit, other=0.0) * LOG2_E
     return b_landmark
 
 
