@@ -33,11 +33,14 @@ def worth(case: Case, granularity: str) -> Tensor:
     groups, k, landmark = exact.groups, exact.k, exact.storage.landmark
     n = groups.first_block[:, None, None, :, None, None]
     block = torch.arange(landmark.shape[2], device=DEVICE)
-    grouped = groups.gather(exact.query).permute(0, 3, 4, 1, 2, 5) * SCALE
+    scoring = exact.query if exact.landmark_query is None else exact.landmark_query
+    grouped = groups.gather(scoring).permute(0, 3, 4, 1, 2, 5) * SCALE
     distance = (n - block).clamp(1, k + 1)
     place = groups.position[:, None, None, ..., None] + distance * exact.block_size
     rotated = exact.rotary.rotate(grouped.unsqueeze(-2), place)
     scores = torch.linalg.vecdot(rotated, landmark[:, :, None, None, None])
+    if exact.storage.bias is not None:
+        scores += exact.storage.bias[:, :, None, None, None]
     scores = scores.masked_fill(block >= n, -torch.inf)
     if granularity == "head":
         scores = scores.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # without candidates
@@ -64,7 +67,7 @@ def assert_the_best_are_chosen(case: Case, choice: Tensor, granularity: str) -> 
     torch.testing.assert_close(got.exp(), best.exp(), rtol=tolerance, atol=1e-7)
 
 
-SELECTION = {
+SELECTION: dict[str, dict[str, Any]] = {
     "ragged": {"start": [0, 37, 90], "length": [3, 21, 9], "k": 3},
     "blocks_of_two": {"start": [61, 9], "length": [5, 3], "block_size": 2, "direct": 0},
     "more_than_a_tile_of_landmarks": {"start": [800], "length": [4], "k": 5},
@@ -124,7 +127,10 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     """
     groups, size, k = case.groups, case.block_size, case.k
     key, value = case.storage.key, case.storage.value
-    query = groups.gather(case.query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
+    # (batch, kv_heads, group, groups, queries, head_dim)
+    query, scoring = (
+        None if x is None else groups.gather(x).permute(0, 3, 4, 1, 2, 5) for x in (case.query, case.landmark_query)
+    )
     block = torch.arange(key.shape[2], device=DEVICE)
     n = groups.first_block[:, None, None, :, None, None]
     position = groups.position[:, None, None, ..., None]
@@ -135,10 +141,17 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     own = place // size == 0
     own, chosen = own & (block >= n), chosen & (block < n)
     earlier = chosen | ((block >= n) & (place >= size))
-    query = case.rotary.rotate(query.unsqueeze(-2), place.clamp(0, len(case.rotary.cos) - 1))
+    query, scoring = (
+        None if x is None else case.rotary.rotate(x.unsqueeze(-2), place.clamp(0, len(case.rotary.cos) - 1))
+        for x in (query, scoring)
+    )
     scores = (query.unsqueeze(-2) @ key[:, :, None, None, None].transpose(-1, -2) * SCALE).squeeze(-2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (..., queries, blocks, block_size)
     landmark, offset = scores[..., -1:], torch.arange(size, device=DEVICE)
+    if scoring is not None:
+        landmark = (torch.linalg.vecdot(scoring, key[:, :, None, None, None, :, -1]) * SCALE).to(scores).unsqueeze(-1)
+    if case.storage.bias is not None:
+        landmark = landmark + case.storage.bias[:, :, None, None, None, :, None]
     inside = scores.masked_fill(offset == size - 1, -torch.inf)
     earlier_logits = inside - inside.logsumexp(-1, keepdim=True) + landmark
     own_logits = inside.masked_fill(offset > place.unsqueeze(-1), -torch.inf)
@@ -160,6 +173,8 @@ def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor) -> None
         block_size=case.block_size,
         rotary=case.rotary,
         scale=SCALE,
+        landmark_query=case.landmark_query,
+        bias=case.storage.bias,
     )
     assert output.dtype == case.query.dtype and output.isfinite().all()
     real = case.groups.scatter(case.groups.valid)
@@ -201,10 +216,32 @@ def test_low_precision_is_as_accurate_as_plain_attention(name: str, dtype: torch
     assert_attention_is_as_accurate_as_plain(case, chosen.long())
 
 
+@pytest.mark.parametrize("own", ["query", "bias", "query_and_bias"])
+@pytest.mark.parametrize(
+    ("name", "granularity", "dtype"),
+    [
+        ("ragged", "token_and_head", torch.float32),
+        ("ragged", "head", torch.float16),
+        ("decoding", "token_and_head", torch.float16),
+        ("chunked", "head", torch.float32),
+    ],
+)
+def test_landmarks_may_have_a_query_and_a_bias_of_their_own(
+    name: str, granularity: str, dtype: torch.dtype, own: str
+) -> None:
+    case = make_case(**ATTENTION[name], share=granularity == "head", dtype=dtype, own=own)
+    chosen = choose(case, granularity)
+    assert_the_best_are_chosen(case, chosen, granularity)
+    assert_attention_is_as_accurate_as_plain(case, chosen.long())
+
+
+@pytest.mark.parametrize("own", ["", "query_and_bias"])
 @pytest.mark.parametrize("granularity", ["token_and_head", "head", "token"])
-def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case([42, 0], [9, 3], share=granularity == "head")
-    settings = {"num_retrieved_blocks": case.k, "granularity": granularity}
+def test_the_model_attends_with_the_kernels_as_without(
+    granularity: str, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case([42, 0], [9, 3], share=granularity == "head", own=own)
+    settings = {"num_retrieved_blocks": case.k, "granularity": granularity, "landmark_query": case.landmark_query}
     settings |= {"rotary": case.rotary, "scale": SCALE, "landmarks_tie": False}
     outputs = []
     for kernels in (False, True):

@@ -2,10 +2,12 @@
 
     python tests/triton_compilation.py training 90 7b published      # without shapes: all
 
-Families: training, training_landmarks (with a query or bias of the landmarks' own), inference.
+Families: training, inference, and with a query and a bias of the landmarks' own training_landmarks,
+inference_landmarks.
 
 The launches of a real call are recorded instead of run, so arguments, tiles and specialisation are those of that call.
-Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program. Runs as a process
+Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program; `waits`: for how
+many groups of loads it waits, where 0 alone means that no load overlaps the work. Runs as a process
 of its own, because a process either interprets kernels or compiles them.
 """
 
@@ -81,6 +83,8 @@ def compile_call(
         "kernel": kernel.fn.__name__,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "waits": sorted({int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])}),
         **resources(said.getvalue()),
     }
 
@@ -129,8 +133,11 @@ def training_calls(name: str, recorder: Recorder, landmarks: bool) -> Iterator[l
     fused.tiles = every
 
 
-def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
-    """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one."""
+def inference_calls(name: str, recorder: Recorder, memory: int, landmarks: bool) -> Iterator[list[Call]]:
+    """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one.
+
+    landmarks: with a query and a bias of the landmarks' own.
+    """
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton
     from landmark_llama.reading.groups import QueryGroups
@@ -152,10 +159,14 @@ def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list
     )
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
+    settings["bias"] = torch.empty(landmark.shape[:-1]) if landmarks else None
+    own = {"landmark_query": query if landmarks else None}
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
+        if landmarks and tie:
+            continue
         choice = choice_triton.select_blocks(query, landmark, groups, k=k, share=share, landmarks_tie=tie, **settings)
-        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **settings)
-    table_triton.attend_table(query, block, block, groups, None, one_block=True, **settings)
+        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **own, **settings)
+    table_triton.attend_table(query, block, block, groups, None, one_block=True, **own, **settings)
     recorded, recorder.calls = recorder.calls, []
     yield from ([call] for call in recorded)
 
@@ -178,10 +189,11 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
     triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     for name in names:
         seen = set()
+        landmarks = family.endswith("landmarks")
         if family.startswith("training"):
-            calls = training_calls(name, recorder, landmarks=family.endswith("landmarks"))
+            calls = training_calls(name, recorder, landmarks)
         else:
-            calls = inference_calls(name, recorder, memory)
+            calls = inference_calls(name, recorder, memory, landmarks)
         for tiles in calls:
             kernel, arguments, options = tiles[0]
             key = (kernel.fn.__name__, *((k, constants(v)) for k, v in arguments.items()), *sorted(options.items()))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from landmark_llama.attention.triton_tiles import padded
-from landmark_llama.reading.triton_rows import load_halves, load_queries, rotate, tile_of_program
+from landmark_llama.reading.triton_rows import LOG2_E, load_halves, load_queries, rotate, tile_of_program
 
 NONE = tl.constexpr(-(2**63))  # the rank of what is no candidate: below every kept one
 FULL = tl.constexpr(2**63 - 1)  # fills a list of k up to a power of two; no candidate replaces it
@@ -22,7 +22,7 @@ LAST = tl.constexpr(2**31 - 1)  # above the number of every block
 
 @triton.jit
 def score_recent_kernel(
-    p_query, p_landmark, p_groups, p_rotary, p_far, p_recent, size, scale,
+    p_query, p_landmark, p_bias, p_groups, p_rotary, p_far, p_recent, size, scale,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     K: tl.constexpr, TIE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def score_recent_kernel(
 
     o_recent = tl.arange(0, triton.next_power_of_2(K))[None, :]
     b_recent = tl.full([M, triton.next_power_of_2(K)], -float("inf"), tl.float32)
-    p_landmarks = _landmarks(p_landmark, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
+    p_landmarks = _landmarks(p_landmark, p_bias, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
     for distance in range(1, tl.minimum(n, K) + 1):
         b_first, b_second = rotate(b_query, p_rotary, (b_own + distance) * BLOCK, HEAD_DIM)
         # rounded as the older candidates' queries are, so that the scores of both compare
@@ -65,7 +65,7 @@ def score_recent_kernel(
 
 @triton.jit
 def choose_kernel(
-    p_far, p_recent, p_landmark, p_groups, p_choice, p_kept, size, splits,
+    p_far, p_recent, p_landmark, p_bias, p_groups, p_choice, p_kept, size, splits,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, K: tl.constexpr,
     TIE: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def choose_kernel(
     o_out = (i_head * size.groups + i_group) * size.queries + o_row % size.queries
     n = _candidates(p_groups, i_batch, i_group, size)
     older = tl.maximum(n - K, 0)
-    p_landmarks = _landmarks(p_landmark, i_sequence, size, HEAD_DIM)
+    p_landmarks = _landmarks(p_landmark, p_bias, i_sequence, size, HEAD_DIM)
 
     b_list = _empty_list(M, K)
     if i_split == 0:
@@ -131,7 +131,7 @@ def merge_kernel(p_kept, p_choice, rows, splits, K: tl.constexpr, M: tl.constexp
 
 @triton.jit
 def normalise_kernel(
-    p_far, p_recent, p_landmark, p_groups, p_norm, size,
+    p_far, p_recent, p_landmark, p_bias, p_groups, p_norm, size,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, K: tl.constexpr,
     TIE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def normalise_kernel(
     b_peak = tl.max(b_score, 1)
     b_total = tl.sum(tl.exp2(b_score - b_peak[:, None]), 1)
     if older > 0:
-        p_landmarks = _landmarks(p_landmark, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
+        p_landmarks = _landmarks(p_landmark, p_bias, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
         # 2 (M, H)
         b_far = load_halves(p_far + o_out * HEAD_DIM, m_row, HEAD_DIM)
         if TIE:
@@ -173,7 +173,7 @@ def normalise_kernel(
 
 @triton.jit
 def choose_shared_kernel(
-    p_far, p_recent, p_landmark, p_groups, p_norm, p_choice, size,
+    p_far, p_recent, p_landmark, p_bias, p_groups, p_norm, p_choice, size,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, K: tl.constexpr,
     TIE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +182,7 @@ def choose_shared_kernel(
     i_sequence = tl.program_id(1).to(tl.int64)
     n = _candidates(p_groups, i_sequence // HEADS, i_group, size)
     older = tl.maximum(n - K, 0)
-    p_landmarks = _landmarks(p_landmark, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
+    p_landmarks = _landmarks(p_landmark, p_bias, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
     o_first = (i_sequence * size.groups + i_group) * size.queries
 
     b_worth = tl.full([triton.next_power_of_2(K)], -float("inf"), tl.float32)
@@ -229,9 +229,14 @@ def _candidates(p_groups, i_batch, i_group, size):
 
 
 @triton.jit
-def _landmarks(p_landmark, i_kv_sequence, size, HEAD_DIM: tl.constexpr):
-    """Pointer to the landmarks (capacity, head_dim) of one KV head; `i_kv_sequence`: in (batch, kv_heads)."""
-    return p_landmark + i_kv_sequence * size.capacity * HEAD_DIM
+def _landmarks(p_landmark, p_bias, i_kv_sequence, size, HEAD_DIM: tl.constexpr):
+    """Pointers to the landmarks (capacity, head_dim) of one KV head, and to their biases (capacity,) or None.
+
+    `i_kv_sequence`: in (batch, kv_heads).
+    """
+    if p_bias is not None:
+        p_bias = p_bias + i_kv_sequence * size.capacity
+    return p_landmark + i_kv_sequence * size.capacity * HEAD_DIM, p_bias
 
 
 @triton.jit
@@ -256,14 +261,18 @@ def _score_one(b_query, p_landmarks, i_block, HEAD_DIM: tl.constexpr):
     """(M,): scores of one block for queries 2 (M, H), computed in fp32."""
     HALF: tl.constexpr = HEAD_DIM // 2
     b_first, b_second = b_query
+    p_landmark, p_bias = p_landmarks
     o_half = tl.arange(0, padded(HALF))
-    p_key = p_landmarks + i_block * HEAD_DIM + o_half
+    p_key = p_landmark + i_block * HEAD_DIM + o_half
     # (H,)
     b_key_first = tl.load(p_key, mask=o_half < HALF, other=0.0).to(tl.float32)
     # (H,)
     b_key_second = tl.load(p_key + HALF, mask=o_half < HALF, other=0.0).to(tl.float32)
     b_score = tl.sum(b_first.to(tl.float32) * b_key_first[None, :], 1)
-    return b_score + tl.sum(b_second.to(tl.float32) * b_key_second[None, :], 1)
+    b_score += tl.sum(b_second.to(tl.float32) * b_key_second[None, :], 1)
+    if p_bias is not None:
+        b_score += tl.load(p_bias + i_block) * LOG2_E
+    return b_score
 
 
 @triton.jit
@@ -271,13 +280,17 @@ def _score_older(b_far, p_landmarks, i_start, stop, HEAD_DIM: tl.constexpr, N: t
     """(M, N): scores of blocks `i_start` .. for queries 2 (M, H), -inf from `stop` on; and the blocks (N,)."""
     HALF: tl.constexpr = HEAD_DIM // 2
     b_first, b_second = b_far
+    p_landmark, p_bias = p_landmarks
     o_block, o_half = i_start + tl.arange(0, N), tl.arange(0, padded(HALF))
-    p_key = p_landmarks + o_block[None, :] * HEAD_DIM + o_half[:, None]
+    p_key = p_landmark + o_block[None, :] * HEAD_DIM + o_half[:, None]
     m_key = (o_block < stop)[None, :] & (o_half < HALF)[:, None]
     # (H, N) to (M, N)
     b_score = tl.dot(b_first, tl.load(p_key, mask=m_key, other=0.0), input_precision="ieee")
     # (H, N) to (M, N)
     b_score = tl.dot(b_second, tl.load(p_key + HALF, mask=m_key, other=0.0), b_score, input_precision="ieee")
+    if p_bias is not None:
+        # (N,)
+        b_score += (tl.load(p_bias + o_block, mask=o_block < stop, other=0.0) * LOG2_E)[None, :]
     return tl.where((o_block < stop)[None, :], b_score, -float("inf")), o_block
 
 

@@ -2,7 +2,7 @@
 
 The definition is `table.attend_through_table` in PyTorch. A program holds a tile of queries of one group and head:
 
-1. `unite_kernel` lists the blocks that any query of the tile chose.
+1. `unite_kernel` lists the blocks that any query of the tile chose, unless they share a choice, which is the list.
 2. `attend_kernel` walks over that list, then over the direct blocks and the own one. A query gives no weight to a block
    of the list that it did not choose. Keys are stored rotated by their offset in the block, so a query is rotated to
    its distance from the block. Queries that chose a block at different ranks read it at different distances: each of
@@ -39,6 +39,8 @@ def attend_table(
     block_size: int,
     rotary: RotaryTable,
     scale: float,
+    landmark_query: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of the queries of one call over their direct blocks and the chosen ones.
 
@@ -51,6 +53,8 @@ def attend_table(
             no block is retrieved.
         one_block: the valid queries of a group all lie in one block.
         rotary: fp32.
+        landmark_query: as `query`: what scores landmarks in its place.
+        bias: (batch, kv_heads, capacity), fp32, contiguous: added to the scores of landmarks.
 
     Returns:
         (batch, columns, kv_heads, heads_per_kv, head_dim), in the dtype of `query`; zero for padding.
@@ -73,9 +77,12 @@ def attend_table(
             one_block=one_block,
             rotary=rotary,
             scale=scale,
+            landmark_query=landmark_query,
+            bias=bias,
         )
 
-    return launch_largest(possible, launch, query, "attend_table", alike, block_size)
+    compiled_for = alike, block_size, landmark_query is None, bias is None
+    return launch_largest(possible, launch, query, "attend_table", *compiled_for)
 
 
 def supported(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> bool:
@@ -116,6 +123,8 @@ def _attend_in_tiles(
     one_block: bool,
     rotary: RotaryTable,
     scale: float,
+    landmark_query: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """`attend_table` with tiles of one size; `blocks`: keys and values."""
     batch, columns, kv_heads, heads_per_kv, head_dim = query.shape
@@ -126,20 +135,22 @@ def _attend_in_tiles(
     shape = {"HEADS": heads, "HEADS_PER_KV": heads_per_kv, "K": k, "M": tile.queries}
     grid = (size.groups * size.tiles, batch * heads)
     shared = choice is None or choice.shape[4] == 1
+    union = count = groups.first_block  # which the kernel does not read in their place
     if choice is None:
-        # the kernel reads none of these
-        union = count = groups.first_block
         chosen = Strided(union, (0,) * 5)
     else:
         choice = choice.expand(batch, kv_heads, heads_per_kv, num_groups, num_queries, k)
         chosen = Strided(choice, choice.stride()[:5])
+    if not shared:
         union = choice.new_empty(batch, heads, size.groups, size.tiles, tile.queries * k)
         count = choice.new_empty(batch, heads, size.groups, size.tiles)
         unite_kernel[grid](chosen, pointers[1], union, count, size, **shape)
     output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     attend_kernel[grid](
         query_pointer(query),
+        None if landmark_query is None else query_pointer(landmark_query),
         blocks,
+        bias,
         chosen,
         (union, count),
         pointers,

@@ -24,8 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from landmark_llama.attention import triton_tiles
 from landmark_llama.attention.triton_tiles import Strided, padded
 from landmark_llama.reading.groups import QueryGroups
+
+LOG2_E = tl.constexpr(triton_tiles.LOG2_E)
 
 
 class Sizes(NamedTuple):
