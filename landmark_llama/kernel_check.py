@@ -96,7 +96,7 @@ class _ComparedRows(WholeRows):
         few = inputs | {name: x[:, :, -last:] for name, x in inputs.items() if name in QUERIES and x is not None}
         generator = torch.Generator().manual_seed(0)
         grad = torch.randn(few["query"].shape, generator=generator).to(query)
-        settings = {"block_size": self.block_size, "scale": scale}
+        settings = {"block_size": self.block_size, "scale": scale, "exact_weights": self.exact_weights}
         definition = partial(landmark_attention_reference, **settings)
         with torch.autocast(query.device.type, enabled=False), torch.enable_grad():
             output, actual = _outcome(partial(landmark_attention, **settings), inputs, grad)

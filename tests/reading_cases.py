@@ -99,7 +99,7 @@ def make_case(
     return Case(query, storage, groups.to(DEVICE), angles, k, block_size, scoring)
 
 
-def choose(case: Case, granularity: str, tie: bool = False) -> Tensor:
+def choose(case: Case, granularity: str, tie: bool = False, sinks: int = 0) -> Tensor:
     """Blocks by the kernels."""
     return select_blocks(
         case.query if case.landmark_query is None else case.landmark_query,
@@ -109,13 +109,14 @@ def choose(case: Case, granularity: str, tie: bool = False) -> Tensor:
         k=case.k,
         share=granularity == "head",
         landmarks_tie=tie,
+        num_sink_blocks=sinks,
         block_size=case.block_size,
         rotary=case.rotary,
         scale=SCALE,
     )
 
 
-def chosen_in_pytorch(case: Case, granularity: str, tie: bool = False) -> Choice:
+def chosen_in_pytorch(case: Case, granularity: str, tie: bool = False, sinks: int = 0) -> Choice:
     """Blocks by the definition."""
     groups = case.groups
     grouped = groups.gather(case.query if case.landmark_query is None else case.landmark_query).permute(
@@ -129,5 +130,6 @@ def chosen_in_pytorch(case: Case, granularity: str, tie: bool = False) -> Choice
         groups.valid,
         granularity=granularity,
         landmarks_tie=tie,
+        num_sink_blocks=sinks,
         biases=case.storage.biases(max(1, groups.candidates)),
     )

@@ -101,6 +101,20 @@ def test_where_landmarks_tie_the_choice_is_that_of_the_definition(name: str, gra
     assert torch.equal(chosen * valid, expected * valid)
 
 
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+@pytest.mark.parametrize("tie", [False, True], ids=["scored", "tied"])
+@pytest.mark.parametrize(
+    ("name", "sinks"), [("ragged", 1), ("ragged", 3), ("more_than_there_are", 5), ("chunked", 2), ("decoding", 2)]
+)
+def test_the_first_blocks_are_always_among_those_chosen(name: str, sinks: int, granularity: str, tie: bool) -> None:
+    case = make_case(**SELECTION[name], share=granularity == "head", tie=tie)
+    expected = chosen_in_pytorch(case, granularity, tie, sinks).block.sort(-1).values
+    chosen = choose(case, granularity, tie, sinks).long()
+    real = case.groups.valid if chosen.shape[4] > 1 else case.groups.valid.any(-1, keepdim=True)
+    real = real[:, None, None].expand(chosen.shape[:-1])
+    assert torch.equal(chosen[real], expected.expand(chosen.shape)[real])
+
+
 def test_of_equal_scores_the_later_blocks_are_chosen() -> None:
     case = make_case([130], [4], k=3, heads=1)
     landmark = case.storage.landmark
@@ -119,7 +133,7 @@ def test_a_walk_shared_by_programs_chooses_the_same(monkeypatch: pytest.MonkeyPa
     assert_the_best_are_chosen(case, shared, "token_and_head")
 
 
-def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
+def dense_table_attention(case: Case, choice: Tensor, exact: bool = False) -> Tensor:
     """Attention over the table by its definition, every query against every block, in the dtype of `case`.
 
     Returns:
@@ -153,7 +167,7 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     if case.storage.bias is not None:
         landmark = landmark + case.storage.bias[:, :, None, None, None, :, None]
     inside = scores.masked_fill(offset == size - 1, -torch.inf)
-    earlier_logits = inside - inside.logsumexp(-1, keepdim=True) + landmark
+    earlier_logits = inside if exact else inside - inside.logsumexp(-1, keepdim=True) + landmark
     own_logits = inside.masked_fill(offset > place.unsqueeze(-1), -torch.inf)
     logits = torch.where(own.unsqueeze(-1), own_logits, earlier_logits)
     logits = logits.masked_fill(~(own | earlier).unsqueeze(-1), -torch.inf)
@@ -162,7 +176,7 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     return groups.scatter(output.squeeze(-2).permute(0, 3, 4, 1, 2, 5))
 
 
-def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor) -> None:
+def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor, exact: bool = False) -> None:
     output = attend_table(
         case.query,
         case.storage.key,
@@ -175,10 +189,11 @@ def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor) -> None
         scale=SCALE,
         landmark_query=case.landmark_query,
         bias=case.storage.bias,
+        exact=exact,
     )
     assert output.dtype == case.query.dtype and output.isfinite().all()
     real = case.groups.scatter(case.groups.valid)
-    reference, plain = (dense_table_attention(c, choice)[real] for c in (case.to(torch.float64), case))
+    reference, plain = (dense_table_attention(c, choice, exact)[real] for c in (case.to(torch.float64), case))
     assert_as_accurate(output[real], plain, reference)
 
 
@@ -235,6 +250,14 @@ def test_landmarks_may_have_a_query_and_a_bias_of_their_own(
     assert_attention_is_as_accurate_as_plain(case, chosen.long())
 
 
+@pytest.mark.parametrize(
+    ("name", "granularity"), [("ragged", "token_and_head"), ("ragged", "head"), ("chunked", "head")]
+)
+def test_blocks_may_weigh_what_their_tokens_do(name: str, granularity: str) -> None:
+    case = make_case(**ATTENTION[name], share=granularity == "head", own="query_and_bias")
+    assert_attention_is_as_accurate_as_plain(case, chosen_in_pytorch(case, granularity).block, exact=True)
+
+
 @pytest.mark.parametrize("own", ["", "query_and_bias"])
 @pytest.mark.parametrize("granularity", ["token_and_head", "head", "token"])
 def test_the_model_attends_with_the_kernels_as_without(
@@ -242,6 +265,7 @@ def test_the_model_attends_with_the_kernels_as_without(
 ) -> None:
     case = make_case([42, 0], [9, 3], share=granularity == "head", own=own)
     settings = {"num_retrieved_blocks": case.k, "granularity": granularity, "landmark_query": case.landmark_query}
+    settings |= {"num_sink_blocks": 1, "exact_weights": True} if own else {}
     settings |= {"rotary": case.rotary, "scale": SCALE, "landmarks_tie": False}
     outputs = []
     for kernels in (False, True):

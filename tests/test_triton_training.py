@@ -170,6 +170,30 @@ def test_landmarks_may_have_a_query_and_a_bias_of_their_own(case, form, dtype, u
         assert_as_accurate(a.to(dtype), p.to(dtype), r)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("less_than_a_block", torch.float32),
+        ("eight_heads_share_keys", torch.float32),
+        ("a_block_wider_than_its_tile", torch.float16),
+        ("two_ordinary_tokens_a_block", torch.float16),
+    ],
+)
+def test_blocks_may_weigh_what_their_tokens_do(case, dtype, use_tile) -> None:
+    shape, tile = CASES[case]
+    use_tile(tile)
+    inputs, scale = random_inputs(shape, dtype, batch=2), shape[5] ** -0.5
+
+    def exactly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return landmark_attention_reference(query, key, value, block_size=shape[4], exact_weights=True)
+
+    actual = outcome(lambda q, k, v: fused_landmark_attention(q, k, v, shape[4], scale, exact_weights=True), inputs)
+    plain, reference = outcome(exactly, inputs), outcome(exactly, inputs, torch.float64)
+    for a, p, r in zip(actual, plain, reference, strict=True):
+        assert_as_accurate(a, p, r)
+
+
 def test_strides_are_taken_as_they_come_and_kept(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     inputs = random_inputs((2, 1, 20, 26, 8, 8), torch.float32, batch=2)

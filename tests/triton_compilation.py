@@ -2,8 +2,8 @@
 
     python tests/triton_compilation.py training 90 7b published      # without shapes: all
 
-Families: training, inference, and with a query and a bias of the landmarks' own training_landmarks,
-inference_landmarks.
+Families: training, inference; with a query and a bias of the landmarks' own training_landmarks, inference_landmarks;
+where blocks weigh what their tokens do training_exact, inference_exact.
 
 The launches of a real call are recorded instead of run, so arguments, tiles and specialisation are those of that call.
 Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program; `waits`: for how
@@ -110,17 +110,18 @@ SHAPES = {
 }
 
 
-def training_calls(name: str, recorder: Recorder, landmarks: bool) -> Iterator[list[Call]]:
+def training_calls(name: str, recorder: Recorder, own: str) -> Iterator[list[Call]]:
     """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first.
 
-    landmarks: with a query or a bias of the landmarks' own.
+    own: `"landmarks"`: with a query or a bias of the landmarks' own; `"exact"`: blocks weigh what their tokens do.
     """
     from landmark_llama.attention import fused
 
     heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
     query, key = (torch.empty(1, n, 4096, head_dim, dtype=dtype) for n in (heads, kv_heads))
     lse = torch.empty(query.shape[:3])
-    settings = (block_size, 0.1, torch.empty(*lse.shape, 4096 // block_size) if landmarks else None)
+    logits = torch.empty(*lse.shape, 4096 // block_size) if own == "landmarks" else None
+    settings = (block_size, 0.1, logits, own == "exact")
     every = fused.tiles
     for kernel in fused.TILES:
         tiles = every(kernel, head_dim, dtype)
@@ -133,10 +134,11 @@ def training_calls(name: str, recorder: Recorder, landmarks: bool) -> Iterator[l
     fused.tiles = every
 
 
-def inference_calls(name: str, recorder: Recorder, memory: int, landmarks: bool) -> Iterator[list[Call]]:
+def inference_calls(name: str, recorder: Recorder, memory: int, own: str) -> Iterator[list[Call]]:
     """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one.
 
-    landmarks: with a query and a bias of the landmarks' own.
+    own: `"landmarks"`: with a query and a bias of the landmarks' own; `"exact"`: with sinks, and blocks weigh what their
+        tokens do.
     """
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton
@@ -159,14 +161,16 @@ def inference_calls(name: str, recorder: Recorder, memory: int, landmarks: bool)
     )
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
-    settings["bias"] = torch.empty(landmark.shape[:-1]) if landmarks else None
-    own = {"landmark_query": query if landmarks else None}
+    settings["bias"] = torch.empty(landmark.shape[:-1]) if own == "landmarks" else None
+    weighing = {"landmark_query": query if own == "landmarks" else None, "exact": own == "exact"}
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
-        if landmarks and tie:
+        if own == "landmarks" and tie:
             continue
-        choice = choice_triton.select_blocks(query, landmark, groups, k=k, share=share, landmarks_tie=tie, **settings)
-        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **own, **settings)
-    table_triton.attend_table(query, block, block, groups, None, one_block=True, **own, **settings)
+        choice = choice_triton.select_blocks(
+            query, landmark, groups, k=k, share=share, landmarks_tie=tie, num_sink_blocks=own == "exact", **settings
+        )
+        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **weighing, **settings)
+    table_triton.attend_table(query, block, block, groups, None, one_block=True, **weighing, **settings)
     recorded, recorder.calls = recorder.calls, []
     yield from ([call] for call in recorded)
 
@@ -189,11 +193,11 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
     triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     for name in names:
         seen = set()
-        landmarks = family.endswith("landmarks")
-        if family.startswith("training"):
-            calls = training_calls(name, recorder, landmarks)
+        kernels, _, own = family.partition("_")
+        if kernels == "training":
+            calls = training_calls(name, recorder, own)
         else:
-            calls = inference_calls(name, recorder, memory, landmarks)
+            calls = inference_calls(name, recorder, memory, own)
         for tiles in calls:
             kernel, arguments, options = tiles[0]
             key = (kernel.fn.__name__, *((k, constants(v)) for k, v in arguments.items()), *sorted(options.items()))

@@ -47,6 +47,7 @@ def fused_landmark_attention(
     scale: float,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    exact_weights: bool = False,
 ) -> Tensor:
     """Causal landmark attention; arguments and result as in `landmark_attention`.
 
@@ -58,12 +59,12 @@ def fused_landmark_attention(
     if problem := unsupported(query):
         raise ValueError(problem)
     landmark = None
-    if landmark_query is not None or landmark_bias is not None:
+    if not exact_weights and (landmark_query is not None or landmark_bias is not None):
         scoring = query if landmark_query is None else landmark_query
         landmark = _landmark_logits(scoring, key[:, :, block_size - 1 :: block_size], landmark_bias, scale)
     if scale <= 0:  # the kernels take the largest score before they scale it
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
-    return torch.ops.landmark_llama.attention_forward(query, key, value, block_size, scale, landmark)[0]
+    return torch.ops.landmark_llama.attention_forward(query, key, value, block_size, scale, landmark, exact_weights)[0]
 
 
 def _landmark_logits(query: Tensor, landmarks: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -79,11 +80,18 @@ def _landmark_logits(query: Tensor, landmarks: Tensor, bias: Tensor | None, scal
 
 @torch.library.custom_op("landmark_llama::attention_forward", mutates_args=())
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float, landmark: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    scale: float,
+    landmark: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the logsumexp (batch, heads, query_length) of its rows, to base 2, in float32.
 
     landmark: (batch, heads, query_length, complete blocks), fp32: the landmarks' logits, in place of their scores.
+    exact: blocks weigh what their tokens do, whatever their landmarks score.
     """
     output, lse = _empty_output(query)
     _launch(
@@ -93,6 +101,7 @@ def _forward(
         (lse, None if landmark is None else landmark.contiguous()),
         (scale * LOG2_E,),
         block_size,
+        exact,
     )
     return output, lse
 
@@ -113,6 +122,7 @@ def _backward(
     block_size: int,
     scale: float,
     landmark: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and `landmark`; the last one is empty where no `landmark` is given."""
     grads = _empty_gradients(grad, query, key, value, output, lse, block_size, scale, landmark)
@@ -128,6 +138,7 @@ def _backward(
         (lse, delta, landmark, grad_landmark if given else None),
         (scale * LOG2_E, scale),
         block_size,
+        exact,
     )
     _launch(
         "key_gradient",
@@ -136,6 +147,7 @@ def _backward(
         (lse, delta, landmark),
         (scale * LOG2_E, scale),
         block_size,
+        exact,
     )
     return grads
 
@@ -151,25 +163,26 @@ def _empty_gradients(
     block_size: int,
     scale: float,
     landmark: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like_landmark = lse.new_empty(0 if landmark is None else landmark.shape)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), like_landmark
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.block_size, ctx.scale, *landmark = inputs
-    ctx.save_for_backward(query, key, value, *output, *landmark)
+    query, key, value, ctx.block_size, ctx.scale, landmark, ctx.exact = inputs
+    ctx.save_for_backward(query, key, value, *output, landmark)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     *rows, landmark = ctx.saved_tensors
     backward = torch.ops.landmark_llama.attention_backward
-    *grads, grad_landmark = backward(grad, *rows, ctx.block_size, ctx.scale, landmark)
-    return *grads, None, None, None if landmark is None else grad_landmark
+    *grads, grad_landmark = backward(grad, *rows, ctx.block_size, ctx.scale, landmark, ctx.exact)
+    return *grads, None, None, None if landmark is None else grad_landmark, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -196,6 +209,7 @@ def _launch(
     row_numbers: tuple[Tensor | None, ...],
     scales: tuple[float, ...],
     block_size: int,
+    exact: bool,
 ) -> None:
     """Runs a kernel on the first of its tiles that the device has room for.
 
@@ -224,8 +238,11 @@ def _launch(
                 HEAD_DIM=query.shape[3],
                 M=tile.queries,
                 N=tile.keys,
+                EXACT=exact,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
 
-    launch_largest(tiles(name, query.shape[3], query.dtype), launch, query, name, block_size)
+    launch_largest(
+        tiles(name, query.shape[3], query.dtype), launch, query, name, block_size, exact, None in row_numbers
+    )

@@ -10,6 +10,7 @@ and dot gives the shape of its result. Exponentials and logarithms are to base 2
     PARTS     key tiles of a block that is wider than one (then C = 1): its statistics take a pass of their own
     D         HEAD_DIM, padded to a power of two
     BLOCK     positions of a landmark block
+    EXACT     whether blocks weigh what their tokens do; else their landmarks say what
     MASKED    whether a query may not see all of the tile: it reaches the query's own block or goes beyond it
 """
 
@@ -153,10 +154,16 @@ def top(b_s, scale_log2, MASKED: tl.constexpr):
 
 @triton.jit
 def block_logits(
-    b_top, b_total, b_landmark, i_tile, o_query, BLOCK: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr
+    b_top, b_total, b_landmark, i_tile, o_query,
+    BLOCK: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(M, C): logit of each block in the row's softmax: its landmark's score, for the own block its logsumexp."""
-    if MASKED:
+    """(M, C): logit of each block in the row's softmax: its landmark's score, for the own block its logsumexp.
+
+    EXACT: its logsumexp for every block; it is -inf for what the query does not see.
+    """
+    if EXACT:
+        b_landmark = b_top + tl.log2(b_total)
+    elif MASKED:
         o_block = blocks(i_tile, BLOCK, N)[None, :]
         o_own = (o_query // BLOCK)[:, None]
         b_landmark = tl.where(o_block < o_own, b_landmark, -float("inf"))

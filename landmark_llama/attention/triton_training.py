@@ -39,7 +39,7 @@ from landmark_llama.attention.triton_tiles import padded
 @triton.jit
 def forward_kernel(
     p_q, p_k, p_v, p_o, p_lse, p_landmark, size, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Output and logsumexp of one query tile of one head."""
     i_query, i_batch, i_head, i_row = _query_tile(size, M)
@@ -56,12 +56,12 @@ def forward_kernel(
     for i_tile in range(0, whole):
         b_o, b_peak, b_sum = _forward_tile(
             b_o, b_peak, b_sum, b_q, p_k, p_v, p_logit, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=False,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=False,
         )  # fmt: skip
     for i_tile in range(whole, stop):
         b_o, b_peak, b_sum = _forward_tile(
             b_o, b_peak, b_sum, b_q, p_k, p_v, p_logit, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=True,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=True,
         )  # fmt: skip
 
     b_o = b_o / b_sum[:, None]
@@ -72,7 +72,7 @@ def forward_kernel(
 @triton.jit
 def query_gradient_kernel(
     p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_delta, p_landmark, p_dlandmark, size, scale_log2, scale,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile of one head, and `delta`, dO . O of its rows, for `key_gradient_kernel`.
 
@@ -99,12 +99,12 @@ def query_gradient_kernel(
     for i_tile in range(0, whole):
         b_dq = _query_gradient_tile(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, p_logit, p_dlogit, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=False,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=False,
         )  # fmt: skip
     for i_tile in range(whole, stop):
         b_dq = _query_gradient_tile(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, p_logit, p_dlogit, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=True,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=True,
         )  # fmt: skip
     store_rows(at(p_dq, i_batch, i_head), i_query, tl.arange(0, M), size.query_length, b_dq * scale, HEAD_DIM)
 
@@ -112,7 +112,7 @@ def query_gradient_kernel(
 @triton.jit
 def key_gradient_kernel(
     p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_landmark, size, scale_log2, scale,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one KV head, from all queries of the heads that share it."""
     PARTS: tl.constexpr = block_parts(BLOCK, N)
@@ -137,14 +137,14 @@ def key_gradient_kernel(
         b_dk, b_dv = _key_gradient_tile(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_landmark, p_k, p_v,
             i_batch, i_head, (first + i_step % (whole - first)) * M, i_tile, i_part, size, scale_log2,
-            BLOCK, HEAD_DIM, M, N, MASKED=True,
+            BLOCK, HEAD_DIM, M, N, EXACT, MASKED=True,
         )  # fmt: skip
     for i_step in range(0, size.heads_per_kv * (end - whole)):
         i_head = i_kv_head * size.heads_per_kv + i_step // (end - whole)
         b_dk, b_dv = _key_gradient_tile(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_landmark, p_k, p_v,
             i_batch, i_head, (whole + i_step % (end - whole)) * M, i_tile, i_part, size, scale_log2,
-            BLOCK, HEAD_DIM, M, N, MASKED=False,
+            BLOCK, HEAD_DIM, M, N, EXACT, MASKED=False,
         )  # fmt: skip
 
     o_position, o_place = key_columns(i_part, BLOCK, N)
@@ -195,7 +195,7 @@ def _seeing_tiles(i_first, span, size, M: tl.constexpr):
 @triton.jit
 def _forward_tile(
     b_o, b_peak, b_sum, b_q, p_k, p_v, p_logit, i_tile, o_query, key_length, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the blocks of a key tile, or all tiles of one block, to the output (M, D) and its running softmax (M,)."""
     PARTS: tl.constexpr = block_parts(BLOCK, N)
@@ -212,7 +212,7 @@ def _forward_tile(
             BLOCK, HEAD_DIM, N, MASKED=MASKED, GRADIENT=False,
         )  # fmt: skip
     b_landmark = landmark_logits(b_landmark, p_logit, i_tile, o_query, key_length, BLOCK, N, MASKED=MASKED)
-    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, MASKED=MASKED)
+    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, EXACT, MASKED=MASKED)
     b_new = tl.maximum(b_peak, tl.max(b_logit, 1))
     b_shrink = tl.exp2(b_peak - b_new)
     b_weight = tl.exp2(b_logit - b_new[:, None])
@@ -236,7 +236,7 @@ def _forward_tile(
 @triton.jit
 def _query_gradient_tile(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, p_logit, p_dlogit, i_tile, o_query, key_length, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a key tile, or all tiles of one block, give to the gradient (M, D) of a query tile."""
     for i_part in range(block_parts(BLOCK, N)):
@@ -246,7 +246,7 @@ def _query_gradient_tile(
         b_v = load_keys(p_v, i_tile, i_part, key_length, BLOCK, HEAD_DIM, N, MASKED=MASKED)
         _, b_ds, b_dlogit = _score_gradients(
             b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, p_logit, i_tile, i_part, o_query, key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=MASKED,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=MASKED,
         )  # fmt: skip
         if p_dlogit is not None:
             # the same for every part of a block
@@ -262,7 +262,8 @@ def _query_gradient_tile(
 def _key_gradient_tile(
     b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_landmark, p_k, p_v,
     i_batch, i_head, i_query, i_tile, i_part, size, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a query tile of one head gives to the gradients (D, N) of a tile of keys and values."""
     o_row, o_query = _row_offsets(i_query, size, M)
@@ -278,7 +279,7 @@ def _key_gradient_tile(
     p_logit = landmark_rows(p_landmark, i_row + o_row, size, BLOCK)
     b_p, b_ds, _ = _score_gradients(
         b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, p_logit, i_tile, i_part, o_query, size.key_length, scale_log2,
-        BLOCK, HEAD_DIM, N, MASKED=MASKED,
+        BLOCK, HEAD_DIM, N, EXACT, MASKED=MASKED,
     )  # fmt: skip
     # (D, N)
     b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
@@ -290,13 +291,13 @@ def _key_gradient_tile(
 @triton.jit
 def _score_gradients(
     b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, p_logit, i_tile, i_part, o_query, key_length, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Weights and gradients of the scores, both (M, N), of a query tile against a key tile; those of landmarks (M, C).
 
     With P the weights, dP their gradient, G the weight of a landmark, dG = sum(P dP) / G over its block and D the row's
     `delta`: dS = P (dP - dG) in earlier blocks, P (dP - D) in the own one, G (dG - D) at landmarks. Where the logits of
-    landmarks are given, their keys have no part in the scores, and gradient 0.
+    landmarks are given, their keys have no part in the scores, and gradient 0. EXACT: all is as in the own block.
     """
     b_s, b_landmark = scores(b_q, b_k, i_tile, i_part, o_query, scale_log2, BLOCK, N, MASKED=MASKED)
     # (M, N) to (M, C, W)
@@ -313,12 +314,14 @@ def _score_gradients(
         )  # fmt: skip
         b_p = tl.exp2(b_s * scale_log2 - b_top[:, :, None])
     b_landmark = landmark_logits(b_landmark, p_logit, i_tile, o_query, key_length, BLOCK, N, MASKED=MASKED)
-    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, MASKED=MASKED)
+    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, EXACT, MASKED=MASKED)
     # a weight is at most 1; rounding could exceed that where scores are large
     b_weight = tl.exp2(tl.minimum(b_logit - b_lse[:, None], 0.0))
     b_norm = 1.0 / nonzero(b_total, MASKED=MASKED)
     b_mean = b_mean * b_norm
-    if MASKED:
+    if EXACT:
+        b_mean = b_mean * 0.0 + b_delta[:, None]
+    elif MASKED:
         b_mean = tl.where(blocks(i_tile, BLOCK, N)[None, :] == (o_query // BLOCK)[:, None], b_delta[:, None], b_mean)
     b_p = b_p * (b_weight * b_norm)[:, :, None]
     # 0 at the landmark of the own block, where dG is D, and of later blocks, which have no weight

@@ -65,6 +65,7 @@ def select_blocks(
     rotary: RotaryTable,
     scale: float,
     bias: Tensor | None = None,
+    num_sink_blocks: int = 0,
 ) -> Tensor:
     """Chooses k blocks for each query and head, as `choose_blocks` does.
 
@@ -75,7 +76,7 @@ def select_blocks(
         groups: where the queries stand.
         k: blocks to choose, at least 1.
         share: the queries of a group share a choice (`"head"`), otherwise none do (`"token_and_head"`).
-        landmarks_tie: as in `choose_blocks`.
+        landmarks_tie, num_sink_blocks: as in `choose_blocks`.
         rotary: fp32.
         bias: (batch, kv_heads, capacity), fp32, contiguous: added to the scores; not where landmarks tie.
 
@@ -88,6 +89,7 @@ def select_blocks(
     share = share and num_queries > 1  # one query's best scores are its best weights
     heads = kv_heads * heads_per_kv
     shape = {"HEADS": heads, "HEADS_PER_KV": heads_per_kv, "HEAD_DIM": head_dim, "K": k, "TIE": landmarks_tie}
+    shape["SINKS"] = num_sink_blocks
     far = query.new_empty(batch, heads, num_groups, num_queries, head_dim)
     recent = query.new_empty(*far.shape[:-1], triton.next_power_of_2(k), dtype=torch.float32)
     scored = _Scored(far, recent, landmark, bias, group_pointers(groups))

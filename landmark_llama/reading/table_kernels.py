@@ -43,14 +43,14 @@ def unite_kernel(
 def attend_kernel(
     p_query, p_scoring, p_blocks, p_bias, p_choice, p_lists, p_groups, p_rotary, p_output, size, columns, scale,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, ONE_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """p_output (batch, columns, heads, head_dim): attention of the valid queries; nothing is written for others.
 
     p_blocks: keys and values (batch, kv_heads, capacity, block_size, head_dim). p_lists: what `unite_kernel` wrote.
     p_scoring, p_bias: what scores landmarks in place of `p_query`, and what is added to the scores; or None.
     SHARED: the queries of a group share a choice, which is the list. ONE_BLOCK: they lie in one block. Where both hold,
-    one rotation to a block serves all of them.
+    one rotation to a block serves all of them. EXACT: blocks weigh what their tokens do, whatever landmarks score.
     """
     i_batch, i_sequence, i_group, i_tile = tile_of_program(size, HEADS)
     i_head = i_sequence % HEADS
@@ -95,7 +95,7 @@ def attend_kernel(
                 m_chosen = tl.full([1], True, tl.int1)
                 b_softmax = _read_block(
                     b_softmax, b_query, b_scoring, p_rotary, b_distance, p_blocks, i_block, m_chosen, m_chosen & False,
-                    b_offset, BLOCK, HEAD_DIM,
+                    b_offset, BLOCK, HEAD_DIM, EXACT,
                 )  # fmt: skip
         else:
             i_list = (i_sequence * size.groups + i_group) * size.tiles + i_tile
@@ -105,14 +105,14 @@ def attend_kernel(
                 b_distance, m_chosen = _chosen_distance(b_choice, i_block, b_own, first_block, K)
                 b_softmax = _read_block(
                     b_softmax, b_query, b_scoring, p_rotary, b_distance, p_blocks, i_block, m_chosen, m_chosen & False,
-                    b_offset, BLOCK, HEAD_DIM,
+                    b_offset, BLOCK, HEAD_DIM, EXACT,
                 )  # fmt: skip
     for i_direct in range(0, tl.max(b_own, 0) + 1):
         # padding may stand past the capacity; valid queries do not
         i_block = tl.minimum(first_block + i_direct, size.capacity - 1)
         b_softmax = _read_block(
             b_softmax, b_query, b_scoring, p_rotary, tl.maximum(b_own - i_direct, 0), p_blocks, i_block,
-            i_direct <= b_own, i_direct == b_own, b_offset, BLOCK, HEAD_DIM,
+            i_direct <= b_own, i_direct == b_own, b_offset, BLOCK, HEAD_DIM, EXACT,
         )  # fmt: skip
 
     _, b_total, b_output = b_softmax
@@ -165,7 +165,7 @@ def _chosen_distance(b_choice, i_block, b_own, first_block, K: tl.constexpr):
 @triton.jit
 def _read_block(
     b_softmax, b_query, b_scoring, p_rotary, b_distance, p_blocks, i_block, m_seen, m_own, b_offset,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The running softmax of each query (peak (M,), total (M,), output (M, D)) after one more block.
 
@@ -180,19 +180,22 @@ def _read_block(
     b_turned = rotate(b_query, p_rotary, b_distance * BLOCK, HEAD_DIM)
     # (M, N)
     b_score = _block_scores(b_turned, p_keys + i_block * (BLOCK * HEAD_DIM), BLOCK, HEAD_DIM)
-    if b_scoring is None:
-        b_landmark = tl.sum(tl.where((o_key == BLOCK - 1)[None, :], b_score, 0.0), 1)
-    else:
-        p_landmark += i_block * (BLOCK * HEAD_DIM)
-        b_landmark = _landmark_scores(b_scoring, p_rotary, b_distance * BLOCK, p_landmark, HEAD_DIM)
-    if p_bias is not None:
-        b_landmark += tl.load(p_bias + i_block) * LOG2_E
+    if not EXACT:
+        if b_scoring is None:
+            b_landmark = tl.sum(tl.where((o_key == BLOCK - 1)[None, :], b_score, 0.0), 1)
+        else:
+            p_landmark += i_block * (BLOCK * HEAD_DIM)
+            b_landmark = _landmark_scores(b_scoring, p_rotary, b_distance * BLOCK, p_landmark, HEAD_DIM)
+        if p_bias is not None:
+            b_landmark += tl.load(p_bias + i_block) * LOG2_E
     m_earlier = (m_own == 0)[:, None] | (o_key[None, :] <= b_offset[:, None])
     b_score = tl.where((o_key < BLOCK - 1)[None, :] & m_earlier, b_score, -float("inf"))
     b_inside = tl.max(b_score, 1)  # finite: every query sees the first token of a block
     b_score = tl.exp2(b_score - b_inside[:, None])
     b_sum = tl.sum(b_score, 1)
-    b_logit = tl.where(m_own, b_inside + tl.log2(b_sum), b_landmark)
+    b_logit = b_inside + tl.log2(b_sum)
+    if not EXACT:
+        b_logit = tl.where(m_own, b_logit, b_landmark)
     b_logit = tl.where(m_seen, b_logit, -float("inf"))
 
     b_new = tl.maximum(b_peak, b_logit)

@@ -41,6 +41,7 @@ def attend_table(
     scale: float,
     landmark_query: Tensor | None = None,
     bias: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Attention of the queries of one call over their direct blocks and the chosen ones.
 
@@ -55,6 +56,7 @@ def attend_table(
         rotary: fp32.
         landmark_query: as `query`: what scores landmarks in its place.
         bias: (batch, kv_heads, capacity), fp32, contiguous: added to the scores of landmarks.
+        exact: blocks weigh what their tokens do, whatever their landmarks score.
 
     Returns:
         (batch, columns, kv_heads, heads_per_kv, head_dim), in the dtype of `query`; zero for padding.
@@ -62,6 +64,8 @@ def attend_table(
     Raises:
         ValueError: if the chip has no room for the smallest tile (`supported` says so beforehand).
     """
+    if exact:
+        landmark_query = bias = None
     alike = one_block and (choice is None or choice.shape[4] == 1)
     memory = shared_memory(query.device)
     possible = tiles(groups.position.shape[2], alike, block_size, query.shape[-1], query.element_size(), memory)
@@ -79,9 +83,10 @@ def attend_table(
             scale=scale,
             landmark_query=landmark_query,
             bias=bias,
+            exact=exact,
         )
 
-    compiled_for = alike, block_size, landmark_query is None, bias is None
+    compiled_for = alike, block_size, landmark_query is None, bias is None, exact
     return launch_largest(possible, launch, query, "attend_table", *compiled_for)
 
 
@@ -125,6 +130,7 @@ def _attend_in_tiles(
     scale: float,
     landmark_query: Tensor | None,
     bias: Tensor | None,
+    exact: bool,
 ) -> Tensor:
     """`attend_table` with tiles of one size; `blocks`: keys and values."""
     batch, columns, kv_heads, heads_per_kv, head_dim = query.shape
@@ -164,6 +170,7 @@ def _attend_in_tiles(
         BLOCK=block_size,
         SHARED=shared,
         ONE_BLOCK=one_block,
+        EXACT=exact,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
