@@ -105,7 +105,8 @@ SHAPES = {
     "published": (32, 32, 128, 51, 5, torch.bfloat16, 51),
     "demo": (4, 4, 32, 16, 4, torch.float32, 16),
     "narrow": (32, 8, 64, 64, 8, torch.bfloat16, 64),
-    "wide": (8, 8, 256, 256, 4, torch.bfloat16, 256),
+    "wide_blocks": (8, 8, 256, 256, 4, torch.bfloat16, 256),
+    "wide": (8, 8, 256, 64, 4, torch.bfloat16, 64),
     "full_precision": (32, 8, 128, 64, 8, torch.float32, 64),
 }
 
@@ -137,8 +138,8 @@ def training_calls(name: str, recorder: Recorder, own: str) -> Iterator[list[Cal
 def inference_calls(name: str, recorder: Recorder, memory: int, own: str) -> Iterator[list[Call]]:
     """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one.
 
-    own: `"landmarks"`: with a query and a bias of the landmarks' own; `"exact"`: with sinks, and blocks weigh what their
-        tokens do.
+    own: `"landmarks"`: with a query and a bias of the landmarks' own; `"exact"`: with sinks, and blocks weigh what
+        their tokens do.
     """
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton

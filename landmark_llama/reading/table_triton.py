@@ -20,7 +20,15 @@ from torch import Tensor
 
 from landmark_llama.attention.availability import unsupported_rows
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.attention.triton_tiles import LOG2_E, Strided, Tile, launch_largest, padded, shared_memory
+from landmark_llama.attention.triton_tiles import (
+    LOG2_E,
+    SMALLEST_CHIP,
+    Strided,
+    Tile,
+    launch_largest,
+    padded,
+    shared_memory,
+)
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.table_kernels import attend_kernel, unite_kernel
 from landmark_llama.reading.triton_rows import Sizes, group_pointers, query_pointer
@@ -68,7 +76,8 @@ def attend_table(
         landmark_query = bias = None
     alike = one_block and (choice is None or choice.shape[4] == 1)
     memory = shared_memory(query.device)
-    possible = tiles(groups.position.shape[2], alike, block_size, query.shape[-1], query.element_size(), memory)
+    shape = (groups.position.shape[2], alike, block_size, query.shape[-1], query.element_size())
+    possible = tiles(*shape, memory, plain=landmark_query is None)
 
     def launch(tile: Tile) -> Tensor:
         return _attend_in_tiles(
@@ -97,18 +106,24 @@ def supported(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.
     return bool(tiles(1, True, block_size, head_dim, dtype.itemsize, shared_memory(device)))
 
 
-def tiles(queries: int, alike: bool, block_size: int, head_dim: int, itemsize: int, memory: int) -> list[Tile]:
+def tiles(
+    queries: int, alike: bool, block_size: int, head_dim: int, itemsize: int, memory: int, plain: bool = True
+) -> list[Tile]:
     """The tiles for `queries` of a group on a chip with `memory` bytes of shared memory, the best one first.
 
     alike: the queries share their choice and lie in one block. Otherwise a larger tile would read more blocks that few
         of its queries chose, and hold a rotation for each of them.
+    plain: no other query scores landmarks, which would take registers.
     """
     columns, half = padded(block_size), padded(head_dim // 2)
+    # such chips multiply 64 rows by groups of 4 warps: a second group would compute the same scores once more
+    groups_of_warps = memory > SMALLEST_CHIP
     most = min(64 if alike and itemsize == 2 else 32, padded(queries))
     block = columns * (2 * half + padded(head_dim)) * itemsize
     found = []
     for rows in (64, 32, 16):
-        warps = 8 if rows * max(columns, head_dim) >= 64 * 128 else 4
+        work = rows * max(columns, head_dim)
+        warps = 8 if work > 64 * 128 or work == 64 * 128 and not (groups_of_warps and plain) else 4
         for stages in (3, 2, 1):
             # beside the keys and values: the queries' halves and the weights, as tensor cores read them
             needed = stages * block + rows * (2 * half + columns) * max(itemsize, 4)
