@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from benchmarks.checks import check_attention
+from benchmarks.checks import check_attention, checked_shape
 from benchmarks.measure import (
     MeasurementFailed,
     ResultsFile,
@@ -140,7 +140,7 @@ def run(model: ModelArguments, args: Arguments) -> ResultsFile:
 def _problem(model: ModelArguments, config: LandmarkConfig) -> str | None:
     """None if the attention is right, otherwise the reason why nothing is measured."""
     try:
-        problem = isolated(check_attention, model, config, threads=model.threads)
+        problem = isolated(check_attention, *checked_shape(model, config), threads=model.threads)
     except MeasurementFailed as error:
         return str(error)
     return f"not measured, its result is wrong: {problem}" if problem else None

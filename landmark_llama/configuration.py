@@ -183,12 +183,6 @@ class LandmarkConfig(InstalledClass):
         sinks = min(self.num_sink_blocks, retrieved)
         return RetrievalSettings(retrieved, direct, attention, granularity, sinks, self.block_weight == "exact")
 
-    @property
-    def landmarks_as_in_the_paper(self) -> bool:
-        """Whether the landmark tokens' own keys score and weigh blocks, which is all that the GPU kernels know."""
-        own_keys = self.landmark_key == "token" and not self.landmark_query_rank
-        return own_keys and self.block_weight == "landmark" and not self.num_sink_blocks
-
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
         """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
 

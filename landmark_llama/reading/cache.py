@@ -63,7 +63,7 @@ class LandmarkCache(Cache):
         storage: makes the storage of one layer, given the block size; by default the model's device.
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
-            Elsewhere it changes nothing, nor where `config.landmarks_as_in_the_paper` is False, which no kernel reads.
+            Elsewhere it changes nothing.
 
     Example:
 
@@ -87,7 +87,7 @@ class LandmarkCache(Cache):
             )
         self.block_size = config.block_size
         self._make_storage = storage
-        self.graphs = DecodingGraphs() if cuda_graphs and config.landmarks_as_in_the_paper else None
+        self.graphs = DecodingGraphs() if cuda_graphs else None
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts

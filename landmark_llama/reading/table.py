@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed
+from landmark_llama.attention import availability
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
@@ -132,8 +132,7 @@ def attend_through_table(
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels and not (num_sink_blocks or exact_weights)
-    kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
+    kernels = kernels and kernels_take(storage, query.dtype, rotary)
     grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
@@ -141,15 +140,16 @@ def attend_through_table(
             scoring = groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
     if num_retrieved_blocks and groups.candidates:
         shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
+        shared["num_sink_blocks"] = num_sink_blocks
         if grouped is None:
-            choice = _choose_with_kernels(query, storage, groups, **shared, **settings)
+            scoring = query if landmark_query is None else landmark_query
+            choice = _choose_with_kernels(scoring, storage, groups, **shared, **settings)
         else:
-            shared["num_sink_blocks"] = num_sink_blocks
             rotated, rotated_scoring, choice = _choose_in_pytorch(
                 grouped, scoring, storage, groups, **shared, **settings
             )
     if kernels:
-        return _attend_with_kernels(query, storage, groups, choice, **settings)
+        return _attend_with_kernels(query, landmark_query, storage, groups, choice, exact=exact_weights, **settings)
     output, lse = _attend_direct(grouped, scoring, storage, groups, exact_weights=exact_weights, **settings)
     if choice is not None:
         output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage, exact_weights)
@@ -195,34 +195,36 @@ def _choose_in_pytorch(
 def _choose_with_kernels(
     query: Tensor, storage: DeviceStorage, groups: QueryGroups, *, granularity: str, **settings: Any
 ) -> Tensor:
-    """The blocks of `Choice`, int32, chosen on the GPU; no number that the host must wait for."""
+    """The blocks of `Choice`, int32, chosen on the GPU by `query`; no number that the host must wait for."""
     from landmark_llama.reading.choice_triton import select_blocks
 
+    settings |= {"share": granularity == "head", "bias": storage.bias}
     with torch.cuda.device_of(query):
-        return select_blocks(query.contiguous(), storage.landmark, groups, share=granularity == "head", **settings)
+        return select_blocks(query.contiguous(), storage.landmark, groups, **settings)
 
 
 def _attend_with_kernels(
-    query: Tensor, storage: DeviceStorage, groups: QueryGroups, choice: Choice | Tensor | None, **settings: Any
+    query: Tensor,
+    landmark_query: Tensor | None,
+    storage: DeviceStorage,
+    groups: QueryGroups,
+    choice: Choice | Tensor | None,
+    **settings: Any,
 ) -> Tensor:
     from landmark_llama.reading.table_triton import attend_table
 
     block = choice.block.int() if isinstance(choice, Choice) else choice
-    rows = {"one_block": groups.one_block, **settings}
+    rows = {"one_block": groups.one_block, "bias": storage.bias, **settings}
+    rows["landmark_query"] = None if landmark_query is None else landmark_query.contiguous()
     with torch.cuda.device_of(query):
         return attend_table(query.contiguous(), storage.key, storage.value, groups, block, **rows)
 
 
-def kernels_take(
-    storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable, landmark_query: Tensor | None = None
-) -> bool:
-    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does.
-
-    They know neither a query of the landmarks' own nor the bias of pooled landmark keys.
-    """
-    if landmark_query is not None or storage.biases(0) is not None:
-        return False
-    if not (isinstance(storage, DeviceStorage) and storage.capacity and storage.key.is_cuda and triton_is_installed()):
+def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable) -> bool:
+    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does."""
+    if not (
+        isinstance(storage, DeviceStorage) and storage.capacity and availability.kernels_run_on(storage.key.device)
+    ):
         return False
     from landmark_llama.reading.table_triton import supported
 
