@@ -36,7 +36,7 @@ def convert_llama(
 ) -> Model:
     """Implements `LandmarkLlamaForCausalLM.from_llama`; see there. `settings`: fields of `LandmarkLlamaConfig`."""
     if "gguf_file" in from_pretrained:
-        source, from_pretrained = _load_gguf(source, from_pretrained), {}
+        source, from_pretrained = load_gguf(source, **from_pretrained), {}
     if isinstance(source, LlamaForCausalLM):
         base, path = _checked_llama(source.config, type(source).__name__), None
         from_pretrained = {"dtype": source.dtype, **from_pretrained, "state_dict": source.state_dict()}
@@ -58,14 +58,20 @@ def convert_llama(
     return model
 
 
-def _load_gguf(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> LlamaForCausalLM:
-    """The LLaMA in a GGUF file, its weights no longer quantised."""
-    config = AutoConfig.from_pretrained(path, gguf_file=from_pretrained["gguf_file"], **_hub_arguments(from_pretrained))
-    _checked_llama(config, f"{path}, {from_pretrained['gguf_file']}")
-    model = checked_load(LlamaForCausalLM.from_pretrained, path, config=config, **from_pretrained)
+def load_gguf(path: str | PathLike[str], gguf_file: str, **from_pretrained: Any) -> LlamaForCausalLM:
+    """The LLaMA in a GGUF file of a folder or hub id, its weights no longer quantised: it can be trained and saved.
+
+    Raises:
+        ValueError: the file holds a model of another kind.
+    """
+    config = AutoConfig.from_pretrained(path, gguf_file=gguf_file, **_hub_arguments(from_pretrained))
+    _checked_llama(config, f"{path}, {gguf_file}")
+    load = LlamaForCausalLM.from_pretrained
+    model = checked_load(load, path, config=config, gguf_file=gguf_file, **from_pretrained)
     if hasattr(model.config, "quantization_config"):  # of the file
         del model.config.quantization_config
-    return model
+    # the object that was loaded still counts as quantised
+    return load(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype)
 
 
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
