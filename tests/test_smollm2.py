@@ -147,29 +147,35 @@ def make(source: Path, calibration: Path | None, output: Path) -> tuple[Path, Pa
     return run.make_models(found, package.file_digest(found), calibration, output)
 
 
-def refused(*argv: object) -> str:
-    """What the command prints when it refuses its input: one sentence."""
-    command = [sys.executable, "examples/smollm2/run.py", *map(str, argv)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(run.__file__).parents[2])
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    return result.stderr.splitlines()[-1]
-
-
-def test_bad_input_ends_with_one_sentence_and_nothing_written(tmp_path: Path, wheel: Path) -> None:
-    output = tmp_path / "out"
-    write_model(tmp_path / "qwen", architecture="qwen2")
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--package", "nowhere.whl"], "nowhere.whl: there is no such file or folder"),
+        (["--package", "empty"], "empty: the folder holds neither a .gguf file nor a .whl"),
+        (["--package", "broken.whl"], "broken.whl: no wheel, or a damaged one"),
+        (["--package", "other"], "not the file that this was made for: the SHA-256 of tiny.gguf is"),
+        (["--package", "other", "--sha256", "any"], "model_type is 'qwen2', from_llama takes a 'llama'"),
+        (["--package", "other", "--sha256", "any", "--calibration", "empty"], "holds no calibration.json"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_nothing_written(
+    argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "other", architecture="qwen2")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.whl").write_bytes(b"no zip")
-    for argv, sentence in (
-        (["--package", tmp_path / "nowhere.whl"], "nowhere.whl: there is no such file or folder"),
-        (["--package", tmp_path / "empty"], "empty: the folder holds neither a .gguf file nor a .whl"),
-        (["--package", tmp_path / "broken.whl"], "broken.whl: no wheel, or a damaged one"),
-        (["--package", wheel], "not the file that this was made for: the SHA-256 of tiny.gguf is"),
-        (["--package", tmp_path / "qwen", "--sha256", "any"], "model_type is 'qwen2', from_llama takes a 'llama'"),
-        (["--package", wheel, "--sha256", "any", "--calibration", tmp_path / "empty"], "holds no calibration.json"),
-    ):
-        assert sentence in refused("--output", output, *argv)
-        assert not (output / "models").exists()
+    with pytest.raises(InputError) as error:
+        run.main(["--output", "out", *argv])
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_the_command_prints_the_sentence_alone() -> None:
+    command = [sys.executable, run.__file__, "--output", "nowhere/out", "--package", "nowhere.whl"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "smollm2: --package nowhere.whl: there is no such file or folder"
 
 
 def test_a_package_that_no_index_has_is_asked_for_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

