@@ -3,9 +3,12 @@
 `table` has the definition, for every device and weight. Here PyTorch's fused kernel does the work: it holds no scores
 in memory, and landmarks, which weigh nothing, are left out of the keys.
 
-- `attend_shared`: the queries of a group share a choice. Its blocks are laid out one after the other, rotated to their
-  slots, and read in one call.
-- `attend_by_block`: each query has a choice of its own. The queries that chose a block are gathered, not a block for
+Blocks are chosen as everywhere (`choice`), but of the keys that choose the recent ones are rotated, not each query to
+each of them. Then, where
+
+- the queries of a group share a choice (`_attend_shared`), its blocks are laid out one after the other, rotated
+  to their slots, and read in one call;
+- each query has a choice of its own (`_attend_by_block`), the queries that chose a block are gathered, not a block for
   each of its queries: it is read once for `PAGE_QUERIES` of them.
 
 Queries and results are (batch, kv_heads, group, groups, queries, head_dim), as in `choice`. Results are in fp32, or in
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.reading.choice import Choice
+from landmark_llama.reading.choice import Choice, choose_blocks, landmarks_at_their_distances, rotate_to_distances
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage
 
@@ -61,7 +64,58 @@ class _Direct(NamedTuple):
             yield cls(part, key.flatten(3, 4), value.flatten(3, 4), seen)
 
 
-def attend_shared(
+def attend_exactly(
+    query: Tensor,
+    landmark_query: Tensor | None,
+    storage: BlockStorage,
+    groups: QueryGroups,
+    *,
+    k: int,
+    granularity: str,
+    landmarks_tie: bool,
+    num_sink_blocks: int,
+    rotary: RotaryTable,
+    scale: float,
+) -> Tensor:
+    """`table.attend_through_table` with exact weights, on a CPU.
+
+    Args:
+        query: (batch, columns, kv_heads, group, head_dim), not rotated; `landmark_query` likewise, if there is one.
+        k: blocks that a query retrieves; the rest as in `choose_blocks`.
+    """
+
+    def grouped(x: Tensor) -> Tensor:
+        return groups.gather(x).permute(0, 3, 4, 1, 2, 5)
+
+    by_group, distances, choice = grouped(query), None, None
+    if k and groups.candidates:
+        scoring = by_group if landmark_query is None else grouped(landmark_query)
+        how = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
+        choice = _choose(scoring * scale, storage, groups, k, rotary, how)
+    if choice is not None and choice.block.shape[4] == 1 and choice.block.shape[1:3] == by_group.shape[1:3]:
+        output = _attend_shared(by_group, storage, groups, choice, rotary, scale)
+    else:
+        if choice is not None:
+            distances = rotate_to_distances(by_group * scale, groups.position, k, storage.block_size, rotary)
+        output = _attend_by_block(by_group, distances, storage, groups, choice, rotary, scale)
+    return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
+
+
+def _choose(
+    scoring: Tensor, storage: BlockStorage, groups: QueryGroups, k: int, rotary: RotaryTable, how: dict
+) -> Choice:
+    """The blocks that `scoring`, scaled queries, choose."""
+    landmarks, block_size = storage.landmarks(groups.candidates), storage.block_size
+    shown = landmarks, groups.first_block, groups.valid
+    how["biases"] = storage.biases(groups.candidates)
+    if how["landmarks_tie"]:
+        return choose_blocks(rotate_to_distances(scoring, groups.position, k, block_size, rotary), *shown, **how)
+    recent = landmarks_at_their_distances(landmarks, groups.first_block, k, block_size, rotary)
+    farthest = _rotated(scoring, groups.position + (k + 1) * block_size, rotary).unsqueeze(-2)
+    return choose_blocks(farthest, *shown, **how, recent_landmarks=recent)
+
+
+def _attend_shared(
     query: Tensor, storage: BlockStorage, groups: QueryGroups, choice: Choice, rotary: RotaryTable, scale: float
 ) -> Tensor:
     """Attention of `query`, not rotated, whose groups share a choice a head."""
@@ -76,15 +130,15 @@ def attend_shared(
             torch.cat([chosen.flatten(4, 5), near.unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1, -1)], dim=4)
             for chosen, near in ((key, direct.key), (value, direct.value))
         ]
-        there = (block >= 0).repeat_interleave(block_size - 1, -1).unsqueeze(-2)
-        shape = (*block.shape[:4], query.shape[4], -1)
-        seen = torch.cat([x.expand(shape) for x in (there, direct.seen[:, None, None])], dim=-1)
+        # how many blocks there are to choose is the same for all heads
+        there = (block[:, 0, 0] >= 0).repeat_interleave(block_size - 1, -1).unsqueeze(-2)
+        seen = torch.cat([there.expand(-1, -1, query.shape[4], -1), direct.seen], dim=-1)[:, None, None]
         found, _ = _of_groups(query[:, :, :, direct.part], *laid_out, seen, scale)
         output[:, :, :, direct.part] = found
     return output
 
 
-def attend_by_block(
+def _attend_by_block(
     query: Tensor,
     rotated: Tensor | None,
     storage: BlockStorage,

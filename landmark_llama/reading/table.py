@@ -19,7 +19,7 @@ from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
-from landmark_llama.reading.exact_table import attend_by_block, attend_shared
+from landmark_llama.reading.exact_table import attend_exactly
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
@@ -132,6 +132,10 @@ def attend_through_table(
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
+    shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
+    if exact_weights and query.device.type == "cpu":
+        how = {**shared, "num_sink_blocks": num_sink_blocks, "rotary": rotary, "scale": scale}
+        return attend_exactly(query, landmark_query, storage, groups, **how)
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
     kernels = kernels and not (num_sink_blocks or exact_weights)
     kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
@@ -141,7 +145,6 @@ def attend_through_table(
         if landmark_query is not None:
             scoring = groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
     if num_retrieved_blocks and groups.candidates:
-        shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
         if grouped is None:
             choice = _choose_with_kernels(query, storage, groups, **shared, **settings)
         else:
@@ -151,29 +154,10 @@ def attend_through_table(
             )
     if kernels:
         return _attend_with_kernels(query, storage, groups, choice, **settings)
-    if exact_weights and query.device.type == "cpu":
-        output = _attend_exactly(grouped, rotated, storage, groups, choice, rotary, scale)
-        return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
     output, lse = _attend_direct(grouped, scoring, storage, groups, exact_weights=exact_weights, **settings)
     if choice is not None:
         output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage, exact_weights)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
-
-
-def _attend_exactly(
-    query: Tensor,
-    rotated: Tensor | None,
-    storage: BlockStorage,
-    groups: QueryGroups,
-    choice: Choice | None,
-    rotary: RotaryTable,
-    scale: float,
-) -> Tensor:
-    """Attention of `query` (batch, kv_heads, group, groups, queries, head_dim) with exact weights, on a CPU."""
-    shared = choice is not None and choice.block.shape[4] == 1 and choice.block.shape[1:3] == query.shape[1:3]
-    if shared:
-        return attend_shared(query, storage, groups, choice, rotary, scale)
-    return attend_by_block(query, rotated, storage, groups, choice, rotary, scale)
 
 
 def _choose_in_pytorch(
