@@ -1,4 +1,4 @@
-"""Asks a landmark chat model about a document that it reads once, whatever its length.
+"""Asks a chat model about a document that it reads once; a landmark model, whatever its length.
 
     python examples/smollm2/ask.py --model runs/smollm2/models/landmark --document BOOK.txt \
         --question "Who is the narrator?" "Where does he live?"
@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import DynamicCache, HfArgumentParser, PreTrainedModel
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as a script, from any folder
 from eval_passkey.models import find_subject, load_model
 from eval_passkey.prompts import InputError
-from landmark_llama import LandmarkCache
+from landmark_llama import LandmarkCache, LandmarkLlamaConfig
 
 
 @dataclass
 class Arguments:
     """What is asked of what."""
 
-    model: str = field(metadata={"help": "Folder or hub id of a landmark model with its tokenizer."})
+    model: str = field(metadata={"help": "Folder or hub id of a chat model with its tokenizer."})
     document: str = field(metadata={"help": "Text file, UTF-8."})
     question: list[str] = field(metadata={"help": "One or several, asked one after the other."})
     max_new_tokens: int = field(default=60, metadata={"help": "Of an answer."})
@@ -55,7 +55,9 @@ def ask(
     """
     if tokenizer.chat_template is None:
         raise InputError("the model's tokenizer has no chat template: take a chat model")
-    cache, answers, chat = LandmarkCache(model.config), [], []
+    landmark = isinstance(model.config, LandmarkLlamaConfig)
+    cache = LandmarkCache(model.config) if landmark else DynamicCache(config=model.config)
+    answers, chat = [], []
     ids = torch.empty(1, 0, dtype=torch.long)
     for question in questions:
         chat.append({"role": "user", "content": question if chat else f"{document}\n\n{question}"})
@@ -87,8 +89,6 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     subject = find_subject("--model", args.model, {})
-    if not subject.is_landmark:
-        raise InputError(f"--model {args.model}: has no landmarks; give a landmark model")
     try:
         document = Path(args.document).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -44,17 +44,14 @@ def _table(output: Path) -> list[str]:
 
 
 def _answer(output: Path) -> list[str]:
-    answer = _read(output / "question.json")
-    return [
-        f"Asked of {answer['tokens']:,} tokens of {answer['document']}, with a note in their middle "
-        f"({answer['seconds']:.0f} s):",
-        "",
-        f"> {answer['note']}",
-        "",
-        f"{answer['question']}",
-        "",
-        f"> {answer['text'] or '(nothing)'}",
-    ]
+    asked = _read(output / "question.json")
+    tokens = asked["answers"]["landmark"]["tokens"]
+    lines = [f"Asked of {tokens:,} tokens of {asked['document']}, with a note in their middle:", ""]
+    lines += [f"> {asked['note']}", "", asked["question"], ""]
+    for name in ("landmark", "dense"):
+        answer = asked["answers"][name]
+        lines.append(f"- {name} ({answer['seconds']:.0f} s): {' '.join(answer['text'].split()) or '(nothing)'}")
+    return lines
 
 
 def _by_length(rows: list[dict]) -> dict[int, dict]:

@@ -51,11 +51,16 @@ class Arguments:
     lengths: list[int] = field(
         default_factory=lambda: [2048, 8192, 16384, 32768], metadata={"help": "Tokens of the prompts with pass keys."}
     )
-    samples: int = field(default=3, metadata={"help": "Prompts a length."})
-    dense_max_length: int = field(default=8192, metadata={"help": "Longest length with all --samples of the dense one"})
-    dense_longest: int = field(default=32768, metadata={"help": "Longest length with one prompt of the dense one."})
+    samples: int = field(default=2, metadata={"help": "Prompts a length."})
+    dense_max_length: int = field(
+        default=8192, metadata={"help": "Longest prompts of which the dense model is asked all --samples."}
+    )
+    dense_longest: int = field(
+        default=16384,
+        metadata={"help": "Longest prompt of which it is asked one, and longest context whose perplexity it gives."},
+    )
     perplexity_lengths: list[int] = field(
-        default_factory=lambda: [512, 2048, 8192, 32768], metadata={"help": "Tokens of context."}
+        default_factory=lambda: [512, 2048, 8192, 16384, 32768], metadata={"help": "Tokens of context."}
     )
     methods: list[str] = field(
         default_factory=lambda: ["dense", "window", "yarn"], metadata={"help": "How the dense model reads."}
@@ -112,6 +117,7 @@ class Steps:
             *("--model", self.landmark, "--retrieval_granularity", "token_and_head", "--dtype", self.args.dtype),
             *("--data", *(self.args.data or [self.text()])),
             *("--baseline", self.dense, "--baseline_methods", *self.args.methods),
+            *("--baseline_max_length", self.args.dense_longest),
             *(("--baseline_window", window) if "window" in self.args.methods else ()),
             *("--protocol", "last", "--lengths", *lengths),
             *("--tokens_per_document", self.args.stretches * max(lengths), "--output", self.output / "perplexity"),
@@ -130,12 +136,14 @@ class Steps:
         path = self.output / "question.json"
         if path.is_file():
             return
-        subject = find_subject("--model", str(self.landmark), {})
         source = Path(self.args.data[0]) if self.args.data else self.text()
-        document = with_note(subject.tokenizer, source.read_text(encoding="utf-8"), self.args.question_tokens)
-        model = load_model("--model", subject, self.args.dtype, "cpu")
-        (answer,) = ask(model, subject.tokenizer, document, [QUESTION])
-        write_json(path, {**asdict(answer), "note": NOTE, "document": source.name})
+        text, found = source.read_text(encoding="utf-8"), {}
+        for name, folder in (("landmark", self.landmark), ("dense", self.dense)):
+            subject = find_subject("--model", str(folder), {})
+            document = with_note(subject.tokenizer, text, self.args.question_tokens)
+            model = load_model("--model", subject, self.args.dtype, "cpu")
+            (found[name],) = map(asdict, ask(model, subject.tokenizer, document, [QUESTION], 30))
+        write_json(path, {"document": source.name, "note": NOTE, "question": QUESTION, "answers": found})
 
     def report(self) -> None:
         """The report."""
