@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from landmark_llama.reading.exact_table import attend_exactly
+from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.table import _add_retrieved, _attend_direct, _choose_in_pytorch
 from tests.reading_cases import DEVICE, SCALE, Case, make_case
 from tests.tolerance import assert_as_accurate
@@ -49,13 +49,13 @@ def test_the_fused_kernel_reads_what_the_definition_does(
     generator = torch.Generator().manual_seed(0)
     scoring = torch.randn(case.query.shape, generator=generator) if calibrated else None
     how = {"k": case.k, "granularity": granularity, "landmarks_tie": settings.get("tie", False), "num_sink_blocks": 1}
-    actual = attend_exactly(case.query, scoring, case.storage, case.groups, **how, rotary=case.rotary, scale=SCALE)
+    actual = attend_exact_table(case.query, scoring, case.storage, case.groups, **how, rotary=case.rotary, scale=SCALE)
     plain = by_definition(case, scoring, granularity, how["landmarks_tie"])
     case, scoring = case.to(torch.float64), None if scoring is None else scoring.double()
     reference = by_definition(case, scoring, granularity, how["landmarks_tie"])
     for row, columns in enumerate(length):  # further columns are padding
         assert_as_accurate(actual[row, :columns], plain[row, :columns], reference[row, :columns])
-    double = attend_exactly(case.query, scoring, case.storage, case.groups, **how, rotary=case.rotary, scale=SCALE)
+    double = attend_exact_table(case.query, scoring, case.storage, case.groups, **how, rotary=case.rotary, scale=SCALE)
     for row, columns in enumerate(length):
         assert_as_accurate(double[row, :columns], plain[row, :columns], reference[row, :columns])
 
@@ -69,6 +69,6 @@ def test_how_many_queries_share_a_page_changes_nothing(queries: int, monkeypatch
     expected = by_definition(case, None, "token_and_head", False)
     monkeypatch.setattr("landmark_llama.reading.exact_table.PAGE_QUERIES", queries)
     monkeypatch.setattr("landmark_llama.reading.exact_table.LAID_OUT_ELEMENTS", 1 << (queries % 7 + 8))
-    found = attend_exactly(case.query, None, case.storage, case.groups, **how, rotary=case.rotary, scale=SCALE)
+    found = attend_exact_table(case.query, None, case.storage, case.groups, **how, rotary=case.rotary, scale=SCALE)
     for row, columns in enumerate([60, 33]):
         assert_as_accurate(found[row, :columns], plain[row, :columns], expected[row, :columns])

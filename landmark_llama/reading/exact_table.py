@@ -64,7 +64,7 @@ class _Direct(NamedTuple):
             yield cls(part, key.flatten(3, 4), value.flatten(3, 4), seen)
 
 
-def attend_exactly(
+def attend_exact_table(
     query: Tensor,
     landmark_query: Tensor | None,
     storage: BlockStorage,

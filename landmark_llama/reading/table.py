@@ -19,7 +19,7 @@ from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
-from landmark_llama.reading.exact_table import attend_exactly
+from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
@@ -135,7 +135,7 @@ def attend_through_table(
     shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
     if exact_weights and query.device.type == "cpu":
         how = {**shared, "num_sink_blocks": num_sink_blocks, "rotary": rotary, "scale": scale}
-        return attend_exactly(query, landmark_query, storage, groups, **how)
+        return attend_exact_table(query, landmark_query, storage, groups, **how)
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
     kernels = kernels and not (num_sink_blocks or exact_weights)
     kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
