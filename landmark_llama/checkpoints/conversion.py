@@ -43,7 +43,7 @@ def convert_dense(
     """Implements `FromDenseMixin.from_dense`; see there. `settings`: fields of `LandmarkConfig`."""
     family = model_class.config_class.family
     if "gguf_file" in from_pretrained:
-        source, from_pretrained = _load_gguf(source, family, from_pretrained), {}
+        source, from_pretrained = load_gguf(source, family, **from_pretrained), {}
     if isinstance(source, PreTrainedModel):
         base, path = _checked(source.config, family, type(source).__name__), None
         from_pretrained = {"dtype": source.dtype, **from_pretrained, "state_dict": source.state_dict()}
@@ -87,13 +87,21 @@ def _checked(config: PretrainedConfig, family: Family, name: str | PathLike[str]
     return config
 
 
-def _load_gguf(path: str | PathLike[str], family: Family, from_pretrained: dict[str, Any]) -> PreTrainedModel:
-    """The dense model in a GGUF file, its weights no longer quantised."""
-    config = _checked(read_config(path, from_pretrained), family, f"{path}, {from_pretrained['gguf_file']}")
-    model = checked_load(AutoModelForCausalLM.from_pretrained, path, config=config, **from_pretrained)
+def load_gguf(path: str | PathLike[str], family: Family, gguf_file: str, **from_pretrained: Any) -> PreTrainedModel:
+    """The dense model in a GGUF file of a folder or hub id, its weights not quantised: it can be trained and saved.
+
+    family: of which model it must be, `LandmarkLlamaConfig.family` for a LLaMA.
+
+    Raises:
+        ValueError: the file holds a model of another kind.
+    """
+    settings = {**from_pretrained, "gguf_file": gguf_file}
+    config = _checked(read_config(path, settings), family, f"{path}, {gguf_file}")
+    model = checked_load(AutoModelForCausalLM.from_pretrained, path, config=config, **settings)
     if hasattr(model.config, "quantization_config"):  # of the file
         del model.config.quantization_config
-    return model
+    # the object that was loaded still counts as quantised
+    return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype)
 
 
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -66,6 +66,18 @@ def rotate_to_distances(query: Tensor, position: Tensor, k: int, block_size: int
     return rotary.rotate(rotary.rotate(query, position[:, None, None]).unsqueeze(-2), distance * block_size)
 
 
+def landmarks_at_their_distances(
+    landmarks: Tensor, candidates: Tensor, k: int, block_size: int, rotary: RotaryTable
+) -> Tensor:
+    """Landmarks (batch, kv_heads, groups, k, head_dim) of the last k candidates, the farthest first, rotated so that a
+    query at distance k + 1 scores each at its own: k rotations of a key instead of k of every query.
+    """
+    recent = (candidates.unsqueeze(-1) + torch.arange(-k, 0, device=candidates.device)).clamp_min(0)
+    key = landmarks[torch.arange(len(landmarks), device=recent.device)[:, None, None], :, recent]
+    slot = torch.arange(1, k + 1, device=recent.device)
+    return rotary.rotate(key.permute(0, 3, 1, 2, 4), slot * block_size)
+
+
 @torch.no_grad()
 def choose_blocks(
     rotated: Tensor,
@@ -77,6 +89,7 @@ def choose_blocks(
     landmarks_tie: bool,
     biases: Tensor | None = None,
     num_sink_blocks: int = 0,
+    recent_landmarks: Tensor | None = None,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
@@ -92,8 +105,9 @@ def choose_blocks(
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
         num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
+        recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
-    k = rotated.shape[-2] - 1
+    k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
     landmarks = landmarks.to(rotated.dtype)
     if granularity == "head" and rotated.shape[4] == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
@@ -113,6 +127,7 @@ def choose_blocks(
         parts.append(
             _choose(
                 rotated[:, :, :, part],
+                None if recent_landmarks is None else recent_landmarks[:, :, part].to(rotated.dtype),
                 *shown,
                 candidates[:, part],
                 valid[:, part],
@@ -120,6 +135,7 @@ def choose_blocks(
                 landmarks_tie,
                 small,
                 num_sink_blocks,
+                k,
             )
         )
         first = part.stop
@@ -129,6 +145,7 @@ def choose_blocks(
 
 def _choose(
     rotated: Tensor,
+    recent_landmarks: Tensor | None,
     landmarks: Tensor,
     biases: Tensor | None,
     candidates: Tensor,
@@ -137,14 +154,14 @@ def _choose(
     tie: bool,
     small: bool,
     sinks: int,
+    k: int,
 ) -> Tensor:
     """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SOFTMAX_SCORE`, either way."""
-    k = rotated.shape[-2] - 1
     n = candidates[:, None, None, :, None, None]
     if tie:
         scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
     else:
-        scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
+        scores, block_of_first = _scores(rotated, recent_landmarks, landmarks, biases, candidates, k)
     if sinks:  # they have no part in the comparison
         block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
         scores.masked_fill_(block < sinks, -torch.inf)
@@ -182,12 +199,18 @@ def with_sinks(block: Tensor, sinks: int, candidates: Tensor) -> Tensor:
     return torch.cat([torch.where(sink < candidates, sink, -1).expand(*block.shape[:-1], sinks), block], dim=-1)
 
 
-def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidates: Tensor) -> tuple[Tensor, int]:
+def _scores(
+    rotated: Tensor,
+    recent_landmarks: Tensor | None,
+    landmarks: Tensor,
+    biases: Tensor | None,
+    candidates: Tensor,
+    k: int,
+) -> tuple[Tensor, int]:
     """Scores (..., queries, columns) and the block of column 0; -inf where there is no candidate.
 
     Older candidates are all scored at distance k + 1, the last k each at its own.
     """
-    k = rotated.shape[-2] - 1
     fewest = int(candidates.min())
     # left-pad, so that every group has k recent columns
     missing = max(0, k + 1 - fewest)
@@ -204,8 +227,11 @@ def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidate
     scores[..., edge:].masked_fill_(column >= candidates[:, None, None, :, None, None] + missing, -torch.inf)
     recent = candidates.unsqueeze(-1) + torch.arange(missing - k, missing, device=rotated.device)  # (batch, groups, k)
     row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
-    key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
-    value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
+    if recent_landmarks is None:
+        key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
+        value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
+    else:
+        value = farthest @ recent_landmarks.unsqueeze(2).transpose(-1, -2)
     if biases is not None:
         value += biases[row, :, recent].permute(0, 3, 1, 2)[:, :, None, :, None]
     recent = recent[:, None, None, :, None]

@@ -19,6 +19,7 @@ from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
+from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
@@ -131,6 +132,10 @@ def attend_through_table(
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
+    shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
+    if exact_weights and query.device.type == "cpu":
+        how = {**shared, "num_sink_blocks": num_sink_blocks, "rotary": rotary, "scale": scale}
+        return attend_exact_table(query, landmark_query, storage, groups, **how)
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
     kernels = kernels and kernels_take(storage, query.dtype, rotary)
     grouped = scoring = rotated = rotated_scoring = choice = None
@@ -139,7 +144,6 @@ def attend_through_table(
         if landmark_query is not None:
             scoring = groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
     if num_retrieved_blocks and groups.candidates:
-        shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
         shared["num_sink_blocks"] = num_sink_blocks
         if grouped is None:
             scoring = query if landmark_query is None else landmark_query
