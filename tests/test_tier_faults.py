@@ -25,7 +25,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     yield folder
@@ -52,7 +54,9 @@ def files(folder: Path) -> list[Path]:
 def test_a_full_disk_is_one_sentence_and_what_was_read_before_is_good(small_disk: Path, tmp_path: Path) -> None:
     expected = go_on(read(tmp_path / "roomy"))
     cache = read(small_disk)
-    with pytest.raises(TierError, match="cannot be stored .No space left on device.; what earlier calls read is intact"):
+    with pytest.raises(
+        TierError, match="cannot be stored .No space left on device.; what earlier calls read is intact"
+    ):
         go_on(cache, tokens=2000)
     assert cache.get_seq_length() == READ
     assert torch.equal(go_on(cache), expected)

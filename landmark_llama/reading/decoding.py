@@ -22,7 +22,8 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.choice import choose_blocks, top_latest
+from landmark_llama.reading.choice import choose_blocks
+from landmark_llama.reading.highest import top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.rows.documents import find_documents
 
