@@ -6,6 +6,7 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading import choice as retrieval
+from landmark_llama.reading import highest
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances, top_latest
 
 BLOCK, HEAD_DIM, SCALE = 4, 8, 0.5
@@ -94,7 +95,7 @@ def test_selection_equals_brute_force(n: list[int], k: int, granularity: str) ->
 def test_large_scores_are_compared_by_their_logarithms(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case([0, 11, 40])
     small = choose(*case, 3, granularity)
-    monkeypatch.setattr(retrieval, "LARGEST_SOFTMAX_SCORE", 0.0)
+    monkeypatch.setattr(retrieval, "SMALLEST_SOFTMAX_TOTAL", 2.0)
     assert torch.equal(choose(*case, 3, granularity).block, small.block)
     monkeypatch.undo()
     query, landmarks, candidates, position = case
@@ -181,3 +182,58 @@ def test_a_choice_of_many_groups_does_not_depend_on_how_many_are_scored_at_once(
     expected = choose(*case, 2, "head")
     monkeypatch.setattr("landmark_llama.reading.choice.SCORES_AT_ONCE", 1)
     assert torch.equal(choose(*case, 2, "head").block, expected.block)
+
+
+def in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets few candidates count as many."""
+    for module in (retrieval, highest):
+        for name, number in {"TILE": 32, "TILE_QUERIES": 12, "SEGMENT": 4, "MANY_FROM": 40, "TILED_FROM": 1}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, number)
+    monkeypatch.setattr(highest, "FOLDED_FROM", 20)
+
+
+@pytest.mark.parametrize("different", [1, 3, 20, 500], ids="{} different landmarks".format)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_a_choice_among_many_is_that_of_brute_force_ties_included(
+    granularity: str, biased: bool, different: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, landmarks, candidates, position = random_case([100, 101, 163, 230, 231])
+    # numbers whose products are exact, so that equal landmarks tie to the bit whatever the order of a sum
+    query, landmarks = (x.mul(4).round().div(4) for x in (query, landmarks))
+    rotated = query.unsqueeze(-2).expand(*query.shape[:-1], 4, -1) * SCALE
+    landmarks = landmarks[:, :, torch.randint(0, min(different, 231), (231,))]
+    biases = torch.randint(0, 3, landmarks.shape[:3]).double() if biased else None
+    valid = torch.rand(position.shape) > 0.2
+    settings = {"granularity": granularity, "landmarks_tie": False, "biases": biases}
+    expected = choose_blocks(rotated, landmarks, candidates, valid, **settings)
+    in_two_levels(monkeypatch)
+    asked, many = [], retrieval.highest_of_many
+    monkeypatch.setattr(retrieval, "highest_of_many", lambda *args, **kw: asked.append(args) or many(*args, **kw))
+    choice = choose_blocks(rotated, landmarks, candidates, valid, **settings)
+    assert asked
+    keep = valid[:, None, None] if granularity == "token_and_head" else valid.any(-1, keepdim=True)[:, None, None]
+    assert torch.equal(
+        choice.block[keep.expand(choice.block.shape[:-1])], expected.block[keep.expand(choice.block.shape[:-1])]
+    )
+
+
+def test_scores_too_large_for_exponentials_are_chosen_from_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, landmarks, candidates, position = random_case([100, 231])
+    expected = choose(query * 500, landmarks, candidates, position, 3, "head")
+    in_two_levels(monkeypatch)
+    assert torch.equal(choose(query * 500, landmarks, candidates, position, 3, "head").block, expected.block)
+
+
+@pytest.mark.parametrize("values", [1, 4, 1000])
+def test_the_latest_of_the_highest_in_long_rows(values: int) -> None:
+    scores = torch.randint(0, values, (5, 3000)).float()
+    scores[1, 5:] = -torch.inf
+    for k in (1, 6):
+        value, index = top_latest(scores, k)
+        for row in range(5):
+            wanted = sorted(range(3000), key=lambda i: (-float(scores[row, i]), -i))[:k]
+            assert value[row].tolist() == scores[row, wanted].tolist()
+            if row != 1 or k == 1:
+                assert sorted(index[row].tolist()) == sorted(wanted)

@@ -31,7 +31,7 @@ from landmark_llama.reading.highest import (
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
 # candidates, and queries of a KV head, from which on landmarks are laid out in tiles (`highest.py`)
-MANY_FROM, TILED_FROM = 8192, 512
+MANY_FROM, TILED_FROM = 16384, 512
 # sums of exponentials below, or above its inverse, are near the end of what fp32 can hold
 SMALLEST_SOFTMAX_TOTAL = 1e-13
 
@@ -152,7 +152,6 @@ def _choose(
 ) -> Tensor:
     """The blocks of `Choice` for some groups."""
     k, n = rotated.shape[-2] - 1, candidates[:, None, None, :, None, None]
-    someone = (valid.any(-1, keepdim=True) if granularity == "head" else valid)[:, None, None, ..., None]
 
     def score() -> tuple[Tensor, Tensor | int]:
         if landmarks_tie:
@@ -163,7 +162,9 @@ def _choose(
     if granularity == "token_and_head":
         value, column = top_latest(scores, k)
     else:
-        shares, nobody = None if landmarks_tie else _shares_(scores, n), (n == 0) | ~someone
+        shares, nobody = None if landmarks_tie else _shares_(scores, n), n == 0
+        if granularity == "head":
+            nobody = nobody | ~valid.any(-1)[:, None, None, :, None, None]
         if shares is not None:
             value, column = top_latest(_of_all(shares, valid, granularity, nothing=0.0), k, nothing=0.0)
         # shares too small for fp32 may hide a candidate
@@ -212,7 +213,7 @@ def _choose_of_many(
 
 
 def _shares_(scores: Tensor, n: Tensor) -> Tensor | None:
-    """The softmax of `scores`, overwriting them, 0 where there is no candidate; None where exponentials do not fit fp32.
+    """The softmax of `scores`, overwriting them, 0 where there is no candidate; None where it does not fit fp32.
 
     It ranks as log-softmax does, in fewer passes.
     """

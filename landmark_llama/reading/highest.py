@@ -1,22 +1,23 @@
 """The highest of many scores: exact, ties to the later index, in few passes over what a core's cache holds.
 
-In two levels. The keys are cut into segments of `SEGMENT`. A first pass makes all scores, a tile at a time, and leaves the
-highest of each segment. The k highest scores, the later of equal ones, lie in the k segments with the highest maxima, the
-later of equal ones: any other segment has k scores before each of its own. A second pass scores these segments alone.
-Where the softmax of the scores is wanted, the first pass also makes their exponentials and the sum of them.
+In two levels. The keys are cut into segments of `SEGMENT`. A first pass makes all scores, a tile at a time, and leaves
+the highest of each segment. The k highest scores, the later of equal ones, lie in the k segments with the highest
+maxima, the later of equal ones: any other segment has k scores before each of its own. A second pass scores these
+segments alone. Where the softmax of the scores is wanted, the first pass also sums their exponentials.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SEGMENT = 32
-TILE = 4096  # keys scored at once
-TILE_QUERIES = 128  # by so many queries: 2 MB of scores, to stay in a core's cache
-FOLDED_FROM, FOLDS = 4096, 64  # scores of a row from which on `top_latest` folds them
+SEGMENT = 16
+TILE = 2048  # keys scored at once
+TILE_QUERIES = 128  # by so many queries: 1 MB of scores, to stay in a core's cache
+FOLDED_FROM = 2048  # scores of a row from which on `top_latest` folds them
 
 
 def top_latest(scores: Tensor, k: int, nothing: float = -torch.inf) -> tuple[Tensor, Tensor]:
@@ -52,14 +53,16 @@ def _latest_of_equal(scores: Tensor, value: Tensor, index: Tensor) -> Tensor:
 def _top_folded(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """As `topk`, many times faster on a CPU for rows of thousands.
 
-    A row is laid out as a table of `FOLDS` rows. Its highest entries lie in the columns with the highest maxima.
+    A row is laid out as a table. Its highest entries lie in the columns with the highest maxima.
     """
-    width = scores.shape[-1] // FOLDS
-    table, rest = scores[..., : FOLDS * width].unflatten(-1, (FOLDS, width)), scores[..., FOLDS * width :]
+    # as many rows as make the table's columns and the entries of the chosen ones about equally many
+    folds = 1 << round(math.log2(scores.shape[-1] / number) / 2)
+    width = scores.shape[-1] // folds
+    table, rest = scores[..., : folds * width].unflatten(-1, (folds, width)), scores[..., folds * width :]
     column = table.amax(-2).topk(number, dim=-1, sorted=False).indices
-    found = table.gather(-1, column.unsqueeze(-2).expand(*column.shape[:-1], FOLDS, number)).flatten(-2)
-    place = column.unsqueeze(-2) + torch.arange(0, FOLDS * width, width, device=scores.device).unsqueeze(-1)
-    behind = torch.arange(FOLDS * width, scores.shape[-1], device=scores.device).expand_as(rest)
+    found = table.gather(-1, column.unsqueeze(-2).expand(*column.shape[:-1], folds, number)).flatten(-2)
+    place = column.unsqueeze(-2) + torch.arange(0, folds * width, width, device=scores.device).unsqueeze(-1)
+    behind = torch.arange(folds * width, scores.shape[-1], device=scores.device).expand_as(rest)
     values, index = torch.cat([found, rest], dim=-1).topk(number, dim=-1)
     return values, torch.cat([place.flatten(-2), behind], dim=-1).gather(-1, index)
 
@@ -79,7 +82,7 @@ class Highest(NamedTuple):
 def in_tiles(key: Tensor) -> Tensor:
     """Keys (batch, keys, head_dim) as `highest_of_many` reads them: (tiles, batch, head_dim, TILE), the rest left out.
 
-    Segments lie across: the keys of one stand `TILE / SEGMENT` apart, so that their maximum takes no sum across a vector.
+    Segments lie across: the keys of one stand `TILE / SEGMENT` apart, so that a vector holds keys of many segments.
     """
     tiles = key.shape[1] // TILE
     segments = key[:, : tiles * TILE].unflatten(1, (tiles, TILE // SEGMENT, SEGMENT))
