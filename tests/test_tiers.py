@@ -11,7 +11,7 @@ from torch import Tensor
 
 from landmark_llama import LandmarkCache
 from landmark_llama.reading.held_blocks import HeldBlocks
-from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
+from landmark_llama.reading.tiered_storage import FileStorage, HostStorage, storage_named
 from landmark_llama.reading.tiers import HostTier
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -87,6 +87,15 @@ def test_generated_tokens_are_those_of_the_device(storage: HostStorage, settings
     assert torch.equal(model.generate(**prompts, max_new_tokens=12, past_key_values=cache, **settings), expected)
 
 
+def test_generate_offloads_its_blocks_where_it_is_asked_to() -> None:
+    model, prompts = tiny_model(), ragged([random_ids(50), random_ids(23)])
+    output = model.generate(
+        **prompts, max_new_tokens=12, cache_implementation="offloaded", return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, model.generate(**prompts, max_new_tokens=12))
+    assert all(storage.resident is None for storage in output.past_key_values.storages)
+
+
 @torch.no_grad()
 def test_a_fork_goes_on_by_itself(storage: HostStorage) -> None:
     model, cache = tiny_model(), LandmarkCache(tiny_model().config, storage=storage)
@@ -139,6 +148,15 @@ def test_one_landmark_stands_for_all_where_they_tie() -> None:
     model, cache = tiny_model(), LandmarkCache(tiny_model().config, storage=HostStorage())
     model(random_ids(1, 200), past_key_values=cache)
     assert cache.storages[0].landmark.shape[2] == 1 and cache.storages[1].landmark.shape[2] > 60
+
+
+def test_a_flag_names_a_storage(tmp_path: Path) -> None:
+    assert storage_named("device")(4).resident is None  # nothing is written yet
+    assert isinstance(storage_named("host"), HostStorage)
+    assert storage_named(f"file:{tmp_path}").folder.path == tmp_path
+    for name in ("disk", "file:", "host:3"):
+        with pytest.raises(ValueError, match=f"cache '{name}': must be device, host, or file:FOLDER"):
+            storage_named(name)
 
 
 def test_a_budget_below_zero_is_refused() -> None:

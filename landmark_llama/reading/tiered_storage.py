@@ -12,7 +12,7 @@ from torch import Tensor
 
 from landmark_llama.attention.pooling import pool_block
 from landmark_llama.reading.held_blocks import HeldBlocks, Tier
-from landmark_llama.reading.storage import Prior, check_written
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior, check_written
 from landmark_llama.reading.tiers import FileTier, HostTier, TierFolder
 
 BUDGET = 1 << 28  # bytes of blocks kept on the device, in all layers
@@ -71,6 +71,23 @@ class FileStorage(HostStorage):
 
     def _tier(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tier:
         return FileTier(self.folder, shape, dtype)
+
+
+def storage_named(name: str) -> Callable[[int], BlockStorage]:
+    """The `storage` of a LandmarkCache that a command's flag names: `device`, `host`, or `file:FOLDER`.
+
+    Raises:
+        ValueError: the name is none of these.
+        TierError: as `FileStorage`.
+    """
+    kind, _, folder = name.partition(":")
+    if name == "device":
+        return DeviceStorage
+    if name == "host":
+        return HostStorage()
+    if kind == "file" and folder:
+        return FileStorage(folder)
+    raise ValueError(f"cache {name!r}: must be device, host, or file:FOLDER")
 
 
 class TieredStorage:
