@@ -18,7 +18,6 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.highest import (
-    TILE,
     TILE_QUERIES,
     Highest,
     highest_of_many,
@@ -182,10 +181,10 @@ def _choose_of_many(
     candidates: Tensor,
     valid: Tensor,
     granularity: str,
-    tiles: Tensor,
+    tiles: list[Tensor],
 ) -> Tensor | None:
     """As `_choose`, in fewer passes over the scores; None where exponentials do not fit fp32."""
-    k, shared, many = rotated.shape[-2] - 1, granularity == "head", len(tiles) * TILE
+    k, shared, many = rotated.shape[-2] - 1, granularity == "head", sum(x.shape[-1] for x in tiles)
     far = highest_of_many(
         rotated[..., 0, :].flatten(0, 1).flatten(1, 3),
         landmarks.flatten(0, 1),

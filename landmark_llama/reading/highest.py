@@ -79,18 +79,18 @@ class Highest(NamedTuple):
     total: Tensor | None
 
 
-def in_tiles(key: Tensor) -> Tensor:
-    """Keys (batch, keys, head_dim) as `highest_of_many` reads them: (tiles, batch, head_dim, TILE), the rest left out.
+def in_tiles(key: Tensor) -> list[Tensor]:
+    """Keys (batch, keys, head_dim) as `highest_of_many` reads them: tiles (batch, head_dim, TILE or fewer).
 
-    Segments lie across: the keys of one stand `TILE / SEGMENT` apart, so that a vector holds keys of many segments.
+    Keys beyond the last whole segment are left out. Segments lie across: the keys of one stand as far apart as a tile has
+    segments, so that a vector holds keys of many of them.
     """
-    tiles = key.shape[1] // TILE
-    segments = key[:, : tiles * TILE].unflatten(1, (tiles, TILE // SEGMENT, SEGMENT))
-    return segments.permute(1, 0, 4, 3, 2).flatten(-2)
+    whole = key[:, : key.shape[1] // SEGMENT * SEGMENT]
+    return [x.unflatten(1, (-1, SEGMENT)).permute(0, 3, 2, 1).flatten(2) for x in whole.split(TILE, dim=1)]
 
 
 def highest_of_many(
-    query: Tensor, key: Tensor, tiles: Tensor, bias: Tensor | None, k: int, *, exponentials: bool
+    query: Tensor, key: Tensor, tiles: list[Tensor], bias: Tensor | None, k: int, *, exponentials: bool
 ) -> Highest:
     """The highest products of each query with the keys in `tiles`.
 
@@ -101,26 +101,29 @@ def highest_of_many(
         bias: (batch, keys), added to the products.
         exponentials: whether `total` is wanted. It may be 0 or infinite.
     """
-    many = len(tiles) * TILE
-    shape = (len(tiles), TILE // SEGMENT, SEGMENT)
-    biases = None if bias is None else bias[:, :many].unflatten(1, shape).permute(1, 0, 3, 2).flatten(-2).unsqueeze(-2)
-    scores = query.new_empty(*query.shape[:2], TILE)
-    maxima, total = query.new_empty(*query.shape[:2], many // SEGMENT), None
-    for i, tile in enumerate(tiles):
+    many = sum(tile.shape[-1] for tile in tiles)
+    maxima, total, first = query.new_empty(*query.shape[:2], many // SEGMENT), None, 0
+    room = query.new_empty(query.shape[:2].numel() * TILE)
+    for tile in tiles:
+        stop = first + tile.shape[-1]
+        scores = room[: query.shape[:2].numel() * tile.shape[-1]].view(*query.shape[:2], -1)
         torch.bmm(query, tile, out=scores)
-        if biases is not None:
-            scores += biases[i]
-        maxima[..., i * shape[1] : (i + 1) * shape[1]] = scores.unflatten(-1, (SEGMENT, -1)).amax(-2)
+        if bias is not None:
+            scores += bias[:, None, first:stop].unflatten(-1, (-1, SEGMENT)).transpose(-1, -2).flatten(-2)
+        maxima[..., first // SEGMENT : stop // SEGMENT] = scores.unflatten(-1, (SEGMENT, -1)).amax(-2)
         if exponentials:
             added = scores.exp_().sum(-1, keepdim=True)
             total = added if total is None else total.add_(added)
+        first = stop
     segment = top_latest(maxima, k)[1].sort(-1).values
     index = (segment.unsqueeze(-1) * SEGMENT + torch.arange(SEGMENT, device=query.device)).flatten(-2)
-    row = torch.arange(len(key), device=query.device).view(-1, 1, 1)
-    segments = key[:, :many].unflatten(1, (-1, SEGMENT))[row, segment].flatten(2, 3)
-    value = (segments @ query.unsqueeze(-1)).squeeze(-1)
+    # as one matrix a query: the chosen segments' keys
+    segments = key[:, :many].unflatten(1, (-1, SEGMENT)).flatten(2)
+    row = torch.arange(0, len(key) * segments.shape[1], segments.shape[1], device=query.device).view(-1, 1, 1)
+    chosen = segments.flatten(0, 1).index_select(0, (segment + row).flatten()).view(*index.shape, -1)
+    value = (chosen @ query.unsqueeze(-1)).squeeze(-1)
     if bias is not None:
-        value += bias[row, index]
+        value += bias[row // max(1, segments.shape[1]), index]
     value, place = top_latest(value, k)
     return Highest(value, index.gather(-1, place), total)
 
