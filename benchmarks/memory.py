@@ -8,8 +8,8 @@
 Each measurement runs in a process of its own. It reads a text of so many tokens, in calls of `--piece` tokens, then a
 question of `--question` tokens, and answers with `--answer` tokens. A row says how long that took, the most memory that
 the process held, what was read from the tier and how much of what was asked for was still on the device. Beside the
-tiers stands `device`, where all blocks stay on the device, and the dense model: with transformers' offloaded cache on a
-GPU, with its default one on a CPU. At last, how many of a query block's choices the query block before it had made, too.
+tiers stands `device`, where all blocks stay on the device, and the dense model: on a GPU with transformers' offloaded
+cache, on a CPU with its default one. At last, how many of a query block's choices the one before it had made, too.
 
 Rows go to `--output`, failures to a file beside it. A Markdown table of them is printed.
 """

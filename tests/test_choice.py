@@ -6,8 +6,9 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading import choice as retrieval
-from landmark_llama.reading import highest
+from landmark_llama.reading import highest, repeated
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances, top_latest
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 BLOCK, HEAD_DIM, SCALE = 4, 8, 0.5
 FREQUENCY = 100.0 ** -(torch.arange(HEAD_DIM // 2).double() / (HEAD_DIM // 2))
@@ -217,6 +218,44 @@ def test_a_choice_among_many_is_that_of_brute_force_ties_included(
     assert torch.equal(
         choice.block[keep.expand(choice.block.shape[:-1])], expected.block[keep.expand(choice.block.shape[:-1])]
     )
+
+
+@pytest.mark.parametrize("different", [4, 9], ids="{} different landmarks".format)
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_a_choice_among_repeated_landmarks_is_that_of_brute_force(
+    granularity: str, different: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeated, "FROM_BLOCKS", 40)
+    found, taken = RepeatedLandmarks(), []
+    among = repeated.highest_of_groups
+    monkeypatch.setattr(retrieval, "highest_of_groups", lambda *args, **kw: taken.append(1) or among(*args, **kw))
+    query, landmarks, _, position = random_case([80] * 3, batch=1)
+    landmarks = landmarks.mul(4).round().div(4)[:, :, :different]
+    query, landmarks = query.mul(4).round().div(4), landmarks[:, :, torch.randint(0, different, (300,))]
+    landmarks[:, 1, 100] = landmarks[:, 1, 99]  # two groups that tie in one head
+    rotated = query.unsqueeze(-2).expand(*query.shape[:-1], 4, -1) * SCALE
+    valid = torch.rand(position.shape) > 0.2
+    settings = {"granularity": granularity, "landmarks_tie": False}
+    for candidates in [80, 81, 95], [95, 95, 97], [160, 290, 300], [50, 60, 70], [300, 299, 300]:
+        candidates = torch.tensor([candidates])
+        shown = landmarks[:, :, : int(candidates.max())]
+        expected = choose_blocks(rotated, shown, candidates, valid, **settings).block
+        block = choose_blocks(rotated, shown, candidates, valid, repeated=found, **settings).block
+        keep = valid[:, None, None] if granularity == "token_and_head" else valid.any(-1, keepdim=True)[:, None, None]
+        keep = keep.expand(block.shape[:-1])
+        assert torch.equal(block[keep], expected[keep])
+    assert len(taken) >= 4 and found.pay
+
+
+def test_landmarks_that_differ_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeated, "FROM_BLOCKS", 40)
+    monkeypatch.setattr(repeated, "HOPELESS_FROM", 50)
+    found, landmarks = RepeatedLandmarks(), torch.randn(1, 2, 100, 8)
+    assert found.groups(landmarks, 3) is None and found.hopeless
+    found = RepeatedLandmarks()
+    assert found.groups(landmarks[:, :, torch.arange(100) % 5], 3).count.tolist() == [20.0] * 5
+    found.forget(99)
+    assert found.groups(landmarks, 3) is None
 
 
 def test_scores_too_large_for_exponentials_are_chosen_from_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

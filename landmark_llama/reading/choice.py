@@ -11,6 +11,8 @@ older ones at `k' + 1`; the chosen ones are read at distances that keep their or
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from landmark_llama.reading.highest import (
     top_latest,
     union,
 )
+from landmark_llama.reading.repeated import RepeatedLandmarks, highest_of_groups
 
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
@@ -86,6 +89,7 @@ def choose_blocks(
     granularity: str,
     landmarks_tie: bool,
     biases: Tensor | None = None,
+    repeated: RepeatedLandmarks | None = None,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
@@ -100,14 +104,18 @@ def choose_blocks(
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
+        repeated: knows which of the landmarks are equal; where many are, each is scored once.
     """
     k, kv_heads, queries = rotated.shape[-2] - 1, rotated.shape[1], rotated.shape[4]
     if granularity == "head" and queries == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     settings = {"granularity": granularity, "landmarks_tie": landmarks_tie}
     fewest, ends = int(candidates.min()) - k, candidates.amax(0).clamp_min(1).tolist()
+    groups = None
+    if repeated is not None and granularity != "token" and not landmarks_tie and biases is None and fewest > 0:
+        groups = repeated.groups(landmarks[:, :, :fewest], k)
     many = fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM and rotated.device.type == "cpu"
-    many = many and granularity != "token" and not landmarks_tie
+    many = many and granularity != "token" and not landmarks_tie and groups is None
     if many and kv_heads > 1:
         heads = [
             choose_blocks(
@@ -122,18 +130,23 @@ def choose_blocks(
         ]
         return Choice(*(torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)))
     landmarks = landmarks.to(rotated.dtype)
-    tiles = in_tiles(landmarks[:, 0, :fewest]) if many else None
+    shared, scored, far = {"k": k, "exponentials": granularity == "head"}, 0, None
+    if groups is not None:
+        scored, far = groups.blocks - len(groups.count), functools.partial(highest_of_groups, groups=groups, **shared)
+    elif many:
+        keys, bias = landmarks.flatten(0, 1), None if biases is None else biases.flatten(0, 1)
+        far = functools.partial(highest_of_many, key=keys, tiles=in_tiles(keys[:, :fewest]), bias=bias, **shared)
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
     first = 0
     while first < len(ends):
-        columns = 2 * k if landmarks_tie else k + ends[first]
-        groups = TILE_QUERIES // queries if many else SCORES_AT_ONCE // (scores_per_landmark * columns)
-        part = slice(first, first + max(1, groups))
+        columns = 2 * k if landmarks_tie else k + ends[first] - scored
+        at_once = TILE_QUERIES // queries if many else SCORES_AT_ONCE // (scores_per_landmark * columns)
+        part = slice(first, first + max(1, at_once))
         last = max(ends[part])  # later ones are nobody's candidates
         shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
         asked = rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part]
-        block = _choose_of_many(*asked, granularity, tiles) if many else None
+        block = None if far is None else _choose_of_many(*asked, granularity, far)
         parts.append(_choose(*asked, **settings) if block is None else block)
         first = part.stop
     block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
@@ -181,25 +194,22 @@ def _choose_of_many(
     candidates: Tensor,
     valid: Tensor,
     granularity: str,
-    tiles: list[Tensor],
+    highest: Callable[[Tensor], Highest],
 ) -> Tensor | None:
-    """As `_choose`, in fewer passes over the scores; None where exponentials do not fit fp32."""
-    k, shared, many = rotated.shape[-2] - 1, granularity == "head", sum(x.shape[-1] for x in tiles)
-    far = highest_of_many(
-        rotated[..., 0, :].flatten(0, 1).flatten(1, 3),
-        landmarks.flatten(0, 1),
-        tiles,
-        None if biases is None else biases.flatten(0, 1),
-        k,
-        exponentials=shared,
-    )
-    far = Highest(*(None if x is None else x.view(*rotated.shape[:5], -1) for x in far))
+    """As `_choose`, where `highest` knows the highest scores of the first of many candidates, all of them far ones.
+
+    None where exponentials do not fit fp32.
+    """
+    k, shared = rotated.shape[-2] - 1, granularity == "head"
+    far = highest(rotated[..., 0, :].flatten(0, 1).flatten(1, 3))
+    many = far.scored
+    far = Highest(*(x if isinstance(x, int | None) else x.view(*rotated.shape[:5], -1) for x in far))
     rest, block_of_first = _scores(
         rotated, landmarks[:, :, many:], None if biases is None else biases[:, :, many:], candidates - many
     )
     value, column = top_latest(rest, k)
     total = rest.exp_().sum(-1, keepdim=True) if shared else None
-    best = merge(far, Highest(value, column + block_of_first + many, total))
+    best = merge(far, Highest(value, column + block_of_first + many, total, 0))
     if not shared:
         return best.index.sort(-1).values
     seen = valid[:, None, None, ..., None]

@@ -161,8 +161,10 @@ class DecodingStep:
         candidates, k, columns = self.candidates, self.settings.num_retrieved_blocks, query.shape[3]
         landmarks, query = storage.landmarks(candidates.most), query[..., : k + 1, :]
         biases = storage.biases(candidates.most) if self.pooled else None
-        if self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1:
+        together = self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1
+        if together or storage.repeated.pay and not landmarks_tie:
             shared = {"granularity": self.settings.granularity, "landmarks_tie": landmarks_tie, "biases": biases}
+            shared["repeated"] = storage.repeated
             query, valid = query.unsqueeze(3), self.valid.unsqueeze(1)
             return choose_blocks(query, landmarks, candidates.number, valid, **shared).block.squeeze(3)
         # each query chooses its own: older candidates by their score one block before the last k, those where they are

@@ -72,18 +72,20 @@ class Highest(NamedTuple):
 
     value, index: (..., k).
     total: (..., 1): the sum of the exponentials of all scores, where asked for.
+    scored: how many scores the row has.
     """
 
     value: Tensor
     index: Tensor
     total: Tensor | None
+    scored: int
 
 
 def in_tiles(key: Tensor) -> list[Tensor]:
     """Keys (batch, keys, head_dim) as `highest_of_many` reads them: tiles (batch, head_dim, TILE or fewer).
 
-    Keys beyond the last whole segment are left out. Segments lie across: the keys of one stand as far apart as a tile has
-    segments, so that a vector holds keys of many of them.
+    Keys beyond the last whole segment are left out. Segments lie across: the keys of one stand as far apart as a tile
+    has segments, so that a vector holds keys of many of them.
     """
     whole = key[:, : key.shape[1] // SEGMENT * SEGMENT]
     return [x.unflatten(1, (-1, SEGMENT)).permute(0, 3, 2, 1).flatten(2) for x in whole.split(TILE, dim=1)]
@@ -125,7 +127,7 @@ def highest_of_many(
     if bias is not None:
         value += bias[row // max(1, segments.shape[1]), index]
     value, place = top_latest(value, k)
-    return Highest(value, index.gather(-1, place), total)
+    return Highest(value, index.gather(-1, place), total, many)
 
 
 def merge(first: Highest, second: Highest) -> Highest:
@@ -136,7 +138,7 @@ def merge(first: Highest, second: Highest) -> Highest:
     index, order = index.sort(dim=-1, descending=True)
     value, place = value.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     total = None if first.total is None else first.total + second.total
-    return Highest(value[..., :k], index.gather(-1, place)[..., :k], total)
+    return Highest(value[..., :k], index.gather(-1, place)[..., :k], total, first.scored + second.scored)
 
 
 def union(value: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:

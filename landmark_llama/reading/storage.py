@@ -12,6 +12,7 @@ from torch import Tensor
 
 from landmark_llama.attention.pooling import pool_block
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 
 class Prior(NamedTuple):
@@ -50,6 +51,7 @@ class BlockStorage(Protocol):
             tensors. Kernels read these.
         landmarks_tie: set before the first write: all landmark keys are one and the same up to rounding (layer 0), and
             that of block 0 may stand for all.
+        repeated: knows which landmarks are equal to the bit.
     """
 
     block_size: int
@@ -58,6 +60,7 @@ class BlockStorage(Protocol):
     device: torch.device | None
     resident: tuple[Tensor, Tensor] | None
     landmarks_tie: bool
+    repeated: RepeatedLandmarks
 
     def expect(self, blocks: int) -> None:
         """Announces that rows will soon hold `blocks` blocks, so that room for them is made once."""
@@ -121,6 +124,7 @@ class DeviceStorage:
         self.bias: Tensor | None = None  # (batch, kv_heads, capacity), at least fp32, where landmark keys are pooled
         self.expected = 0
         self.landmarks_tie = False  # keeps them all, for kernels
+        self.repeated = RepeatedLandmarks()
 
     @property
     def capacity(self) -> int:
@@ -152,6 +156,8 @@ class DeviceStorage:
         held = None if self.key is None else (*self.key.shape[:2], self.key.shape[-1])
         check_written(held, key, self.bias is not None, prior)
         stop = int(start.max()) + length if stop is None else stop
+        # the longest row: what is grouped is one row alone
+        self.repeated.forget((stop - length) // self.block_size)
         self._reserve(-(-stop // self.block_size), key)
         row = torch.arange(rows, device=key.device).unsqueeze(1)
         position = start.to(key.device).unsqueeze(1) + torch.arange(length, device=key.device)
@@ -198,6 +204,7 @@ class DeviceStorage:
         return first + blocks.clamp_max(self.capacity - 1)
 
     def select_rows(self, rows: Tensor) -> None:
+        self.repeated.forget(0)
         if self.key is not None:
             rows = rows.to(self.key.device)
             self.key, self.value, self.landmark = (

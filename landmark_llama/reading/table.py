@@ -179,6 +179,7 @@ def _choose_in_pytorch(
         granularity=granularity,
         landmarks_tie=landmarks_tie,
         biases=storage.biases(groups.candidates),
+        repeated=storage.repeated,
     )
     return rotated, rotated_scoring, choice
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from landmark_llama.attention.pooling import pool_block
 from landmark_llama.reading.held_blocks import HeldBlocks, Tier
+from landmark_llama.reading.repeated import RepeatedLandmarks
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior, check_written
 from landmark_llama.reading.tiers import FileTier, HostTier, TierFolder
 
@@ -102,6 +103,7 @@ class TieredStorage:
     def __init__(self, block_size: int, make_tier: TierMaker, budget: Callable[[], int]) -> None:
         self.block_size = block_size
         self.landmarks_tie = False
+        self.repeated = RepeatedLandmarks()
         self.landmark: Tensor | None = None  # (batch, kv_heads, capacity, head_dim); of one block where they tie
         self.bias: Tensor | None = None  # (batch, kv_heads, capacity)
         self.page = torch.zeros(0, 0, dtype=torch.long, device="cpu")  # (batch, capacity)
@@ -134,6 +136,7 @@ class TieredStorage:
         held = None if self.landmark is None else (len(self.page), self.landmark.shape[1], self.landmark.shape[-1])
         check_written(held, key, self.bias is not None, prior)
         start = start.to("cpu")
+        self.repeated.forget(int(start.min()) // self.block_size)
         first, offset = start // self.block_size, start % self.block_size
         span = (int(offset.max()) + length - 1) // self.block_size + 1
         block = first.unsqueeze(1) + torch.arange(span, device="cpu")  # (batch, span): those that are written to
@@ -184,6 +187,7 @@ class TieredStorage:
         return tuple(table.index_select(0, row + which).view(shape) for which in (0, 1))
 
     def select_rows(self, rows: Tensor) -> None:
+        self.repeated.forget(0)
         if self.landmark is None:
             return
         self.page = self.page[rows.to("cpu")]
