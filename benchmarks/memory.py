@@ -92,8 +92,9 @@ class Arguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("lengths", "dense_lengths", "budgets"):
             for number in getattr(self, name):
-                if number < (name != "budgets"):
-                    raise ValueError(f"--{name} {number}: must not be less")
+                least = 0 if name == "budgets" else 1
+                if number < least:
+                    raise ValueError(f"--{name} {number}: must be at least {least}")
 
 
 @torch.inference_mode()

@@ -11,6 +11,8 @@ import landmark_llama
 from eval_passkey.prompts import Prompt, Task, drawn_length
 from eval_passkey.tasks import make_task
 
+CALL_BLOCKS = 4096
+
 
 def accuracy(
     model: PreTrainedModel, tokenizer, task: str | Task, lengths: Sequence[int], samples: int, seed: int = 0
@@ -79,8 +81,14 @@ def ask(
 def generate_answer(
     model: PreTrainedModel, tokenizer, prompt: Prompt, cache: landmark_llama.LandmarkCache | None = None
 ) -> str:
-    """What the model says after a prompt, greedily, whatever its generation configuration prefers."""
+    """What the model says after a prompt, greedily, whatever its generation configuration prefers.
+
+    cache: as for `ask`. It is filled in several calls, because a call holds much beside what is remembered.
+    """
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
+    if cache is not None and model.config.local_attention == "sliding":  # in which calls of whole blocks change nothing
+        for piece in input_ids[:, :-1].split(CALL_BLOCKS * block_tokens(model.config), dim=1):
+            model(piece, past_key_values=cache, logits_to_keep=1)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROWTH = 8  # a tier grows by at least an eighth
+GROWTH, LARGEST_GROWTH = 8, 1 << 28  # a tier grows by an eighth, or by so many bytes, or by what is needed
 MAPPED_BYTES = 1 << 26  # read through a mapping before its pages leave the process: they count as its memory
 
 
@@ -32,7 +32,9 @@ class HostTier:
     def reserve(self, records: int) -> None:
         if records <= len(self.content):
             return
-        more = torch.zeros(_grown(len(self.content), records), *self.content.shape[1:], dtype=self.content.dtype)
+        # by an eighth at least: all of it is copied
+        records = max(records, len(self.content) + len(self.content) // GROWTH)
+        more = torch.zeros(records, *self.content.shape[1:], dtype=self.content.dtype)
         more[: len(self.content)] = self.content
         self.content = more.pin_memory() if self.pinned else more
 
@@ -109,7 +111,7 @@ class FileTier:
         self._check_size()
         if records <= self.records:
             return
-        records = _grown(self.records, records)
+        records = _grown(self.records, records, self.record_bytes)
         try:
             # takes the room now: a mapped file that finds the disk full ends the process
             os.posix_fallocate(self.file, 0, records * self.record_bytes)
@@ -190,8 +192,8 @@ class FileTier:
         return copy
 
 
-def _grown(held: int, needed: int) -> int:
-    return max(needed, held + held // GROWTH)
+def _grown(held: int, needed: int, record_bytes: int) -> int:
+    return max(needed, held + min(held // GROWTH, LARGEST_GROWTH // record_bytes))
 
 
 def _runs(records: Tensor) -> list[tuple[int, int]]:
