@@ -90,6 +90,7 @@ def choose_blocks(
     landmarks_tie: bool,
     biases: Tensor | None = None,
     repeated: RepeatedLandmarks | None = None,
+    num_sink_blocks: int = 0,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
@@ -105,17 +106,19 @@ def choose_blocks(
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
         repeated: knows which of the landmarks are equal; where many are, each is scored once.
+        num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
     """
     k, kv_heads, queries = rotated.shape[-2] - 1, rotated.shape[1], rotated.shape[4]
     if granularity == "head" and queries == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
-    settings = {"granularity": granularity, "landmarks_tie": landmarks_tie}
+    settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
     fewest, ends = int(candidates.min()) - k, candidates.amax(0).clamp_min(1).tolist()
     groups = None
-    if repeated is not None and granularity != "token" and not landmarks_tie and biases is None and fewest > 0:
+    alone = granularity != "token" and not landmarks_tie and not num_sink_blocks
+    if repeated is not None and alone and biases is None and fewest > 0:
         groups = repeated.groups(landmarks[:, :, :fewest], k)
     many = fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM and rotated.device.type == "cpu"
-    many = many and granularity != "token" and not landmarks_tie and groups is None
+    many = many and alone and groups is None
     if many and kv_heads > 1:
         heads = [
             choose_blocks(
@@ -161,30 +164,48 @@ def _choose(
     valid: Tensor,
     granularity: str,
     landmarks_tie: bool,
+    num_sink_blocks: int,
 ) -> Tensor:
     """The blocks of `Choice` for some groups."""
-    k, n = rotated.shape[-2] - 1, candidates[:, None, None, :, None, None]
+    k, n, sinks = rotated.shape[-2] - 1, candidates[:, None, None, :, None, None], num_sink_blocks
+    number = k - sinks
 
     def score() -> tuple[Tensor, Tensor | int]:
         if landmarks_tie:
-            return _tied_scores(rotated, landmarks, candidates)
-        return _scores(rotated, landmarks, biases, candidates)
+            scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
+        else:
+            scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
+        if sinks:  # they have no part in the comparison
+            block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
+            scores.masked_fill_(block < sinks, -torch.inf)
+        return scores, block_of_first
 
     scores, block_of_first = score()
     if granularity == "token_and_head":
-        value, column = top_latest(scores, k)
+        value, column = top_latest(scores, number)
     else:
-        shares, nobody = None if landmarks_tie else _shares_(scores, n), n == 0
+        shares, nobody = None if landmarks_tie else _shares_(scores, n), n <= sinks
         if granularity == "head":
             nobody = nobody | ~valid.any(-1)[:, None, None, :, None, None]
         if shares is not None:
-            value, column = top_latest(_of_all(shares, valid, granularity, nothing=0.0), k, nothing=0.0)
+            value, column = top_latest(_of_all(shares, valid, granularity, nothing=0.0), number, nothing=0.0)
         # shares too small for fp32 may hide a candidate
         if shares is None or ((value == -torch.inf) & (n >= k) & ~nobody).any():
             logs = _log_shares(scores if landmarks_tie else score()[0], n, k, landmarks_tie)
-            value, column = top_latest(_of_all(logs, valid, granularity, nothing=-torch.inf), k)
+            value, column = top_latest(_of_all(logs, valid, granularity, nothing=-torch.inf), number)
         value = value.masked_fill(nobody, -torch.inf)
-    return (column + block_of_first).masked_fill(value == -torch.inf, -1).sort(-1).values
+    block = (column + block_of_first).masked_fill(value == -torch.inf, -1)
+    return (with_sinks(block, sinks, n) if sinks else block).sort(-1).values
+
+
+def with_sinks(block: Tensor, sinks: int, candidates: Tensor) -> Tensor:
+    """Puts the first `sinks` candidates before the blocks (..., k - sinks) that were chosen among the others; -1 for
+    one that is no candidate.
+
+    candidates: broadcastable to (..., 1): how many there are.
+    """
+    sink = torch.arange(sinks, device=block.device)
+    return torch.cat([torch.where(sink < candidates, sink, -1).expand(*block.shape[:-1], sinks), block], dim=-1)
 
 
 def _choose_of_many(
