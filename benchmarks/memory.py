@@ -1,9 +1,9 @@
 """Memory that outgrows the device: reading, and a question afterwards, by length, tier and budget.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --lengths 1000000 --tiers file --budgets 128 --dense_lengths
+    python benchmarks/memory.py --lengths 1000000 --tiers file --budgets 128 --dense_lengths 0
     python benchmarks/memory.py --model DIR --text BOOK.txt --lengths 1000000
-    python benchmarks/memory.py --lengths 16777216 --tiers file --budgets 128 --dense_lengths --folder FOLDER
+    python benchmarks/memory.py --lengths 16777216 --tiers file --budgets 128 --dense_lengths 0 --folder FOLDER
 
 Each measurement runs in a process of its own. It reads a text of so many tokens, in calls of `--piece` tokens, then a
 question of `--question` tokens, and answers with `--answer` tokens. A row says how long that took, the most memory that
@@ -65,7 +65,7 @@ class Arguments:
         default_factory=lambda: [16, 128], metadata={"help": "MiB of blocks that a tier keeps on the device."}
     )
     dense_lengths: list[int] = field(
-        default_factory=lambda: [32768], metadata={"help": "Tokens that the dense model reads, too."}
+        default_factory=lambda: [32768], metadata={"help": "Tokens that the dense model reads, too; 0: none."}
     )
     granularity: str = field(default="head", metadata={"help": "Setting of retrieval_granularity."})
     text: str | None = field(
@@ -92,7 +92,7 @@ class Arguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("lengths", "dense_lengths", "budgets"):
             for number in getattr(self, name):
-                least = 0 if name == "budgets" else 1
+                least = 1 if name == "lengths" else 0
                 if number < least:
                     raise ValueError(f"--{name} {number}: must be at least {least}")
 
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     results, rows = ResultsFile(Path(args.output), common), []
     run = functools.partial(isolated, threads=model.threads)
     wanted: list[tuple[str, int | None, int]] = []
-    for length in sorted(set(args.lengths) | set(args.dense_lengths)):
+    for length in sorted({*args.lengths, *args.dense_lengths} - {0}):
         wanted += [(DENSE, None, length)] if length in args.dense_lengths else []
         for tier in args.tiers if length in args.lengths else []:
             wanted += [(tier, budget, length) for budget in ([None] if tier == DEVICE else args.budgets)]

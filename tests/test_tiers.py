@@ -11,7 +11,7 @@ from torch import Tensor
 
 from landmark_llama import LandmarkCache
 from landmark_llama.reading.held_blocks import HeldBlocks
-from landmark_llama.reading.tiered_storage import FileStorage, HostStorage, storage_named
+from landmark_llama.reading.tiered_storage import FileStorage, HostStorage, TieredStorage, storage_named
 from landmark_llama.reading.tiers import HostTier
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -148,6 +148,46 @@ def test_one_landmark_stands_for_all_where_they_tie() -> None:
     model, cache = tiny_model(), LandmarkCache(tiny_model().config, storage=HostStorage())
     model(random_ids(1, 200), past_key_values=cache)
     assert cache.storages[0].landmark.shape[2] == 1 and cache.storages[1].landmark.shape[2] > 60
+
+
+class ForgetfulTier:
+    """A tier that notes its device and remembers nothing: what lies on the meta device cannot be copied."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def reserve(self, records: int) -> None:
+        pass
+
+    def read(self, records: Tensor) -> Tensor:
+        return torch.zeros(len(records), *self.shape, dtype=self.dtype)
+
+    def write(self, records: Tensor, content: Tensor) -> None:
+        assert content.device == self.device
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_the_tier_of_a_layer_goes_with_the_device_of_its_keys(budget: int) -> None:
+    for device in ("cpu", "meta"):
+        storage = TieredStorage(4, ForgetfulTier, lambda: budget)
+        keys = torch.zeros(2, 19, 2, 8, device=device)
+        storage.write(keys, keys, torch.tensor([0, 3]))
+        storage.write(keys[:, :1], keys[:, :1], torch.tensor([19, 22]))
+        blocks = storage.gather(torch.zeros(2, 1, 3, dtype=torch.long))
+        found = storage.device, storage.held.tier.device, storage.held.content.device, *(x.device for x in blocks)
+        assert {x.type for x in (*found, storage.landmarks(2).device)} == {device}
+        assert blocks[0].shape == (2, 2, 3, 4, 8)
+
+
+@torch.no_grad()
+def test_layers_that_are_fetched_for_each_call_keep_their_tiers() -> None:
+    from accelerate import cpu_offload
+
+    model, ids = tiny_model(), random_ids(1, 80)
+    expected = logits_in_calls(model, ids, [50])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    cache = LandmarkCache(model.config, storage=HostStorage(budget=0))
+    assert torch.equal(logits_in_calls(model, ids, [50], cache), expected)
 
 
 def test_a_flag_names_a_storage(tmp_path: Path) -> None:

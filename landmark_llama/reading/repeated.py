@@ -86,8 +86,8 @@ class RepeatedLandmarks:
         latest = [[-1] * (k - len(self._latest[group])) + list(self._latest[group])[-k:] for group in order]
         return Groups(
             landmarks[0, :, [self._first[group] for group in order]],
-            torch.tensor([self._count[group] for group in order], dtype=landmarks.dtype),
-            torch.tensor(latest),
+            torch.tensor([self._count[group] for group in order], dtype=landmarks.dtype, device="cpu"),
+            torch.tensor(latest, device="cpu"),
             blocks,
         )
 

@@ -34,12 +34,13 @@ class HostTier:
             return
         # by an eighth at least: all of it is copied
         records = max(records, len(self.content) + len(self.content) // GROWTH)
-        more = torch.zeros(records, *self.content.shape[1:], dtype=self.content.dtype)
+        more = torch.zeros(records, *self.content.shape[1:], dtype=self.content.dtype, device="cpu")
         more[: len(self.content)] = self.content
         self.content = more.pin_memory() if self.pinned else more
 
     def read(self, records: Tensor) -> Tensor:
-        found = torch.empty(len(records), *self.content.shape[1:], dtype=self.content.dtype, pin_memory=self.pinned)
+        kind = {"dtype": self.content.dtype, "device": "cpu", "pin_memory": self.pinned}
+        found = torch.empty(len(records), *self.content.shape[1:], **kind)
         return torch.index_select(self.content, 0, records, out=found)
 
     def write(self, records: Tensor, content: Tensor) -> None:
@@ -101,7 +102,8 @@ class FileTier:
         self.records = 0
         self.checksum = torch.zeros(0, dtype=torch.int32, device="cpu")
         # odd, so that no change of one word goes unnoticed
-        words = torch.randint(1 << 62, (self.record_bytes // 8,), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        words = torch.randint(1 << 62, (self.record_bytes // 8,), generator=generator, device="cpu")
         self.weights = 2 * words + 1
         self.mapping: mmap.mmap | None = None
         self.mapped: Tensor | None = None  # (records, words)
