@@ -141,8 +141,9 @@ def test_a_cache_of_another_size_in_the_same_memory_is_recorded_anew(recorder: R
     )
     graphs = DecodingGraphs(recorder)
     for blocks, recorded in ((8, 0), (8, 1), (8, 1), (16, 1), (16, 2)):
-        held = {"value": memory, "landmark": memory, "bias": None}
-        storage = SimpleNamespace(key=memory[:, :, :blocks], **held, capacity=blocks, block_size=4)
+        held = {"landmarks": lambda _: memory, "biases": lambda _: None, "device": memory.device}
+        resident = memory[:, :, :blocks], memory
+        storage = SimpleNamespace(resident=resident, **held, capacity=blocks, block_size=4)
         graphs.run(lambda x, _: x + 1, torch.zeros(1, 1, 8), table.Table(step, [storage], settings), rotary=None)
         assert recorder.recorded == recorded
 

@@ -11,18 +11,31 @@ older ones at `k' + 1`; the chosen ones are read at distances that keep their or
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.blockwise import products_are_small
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.reading.highest import (
+    TILE_QUERIES,
+    Highest,
+    highest_of_many,
+    in_tiles,
+    merge,
+    top_latest,
+    union,
+)
+from landmark_llama.reading.repeated import RepeatedLandmarks, highest_of_groups
 
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
-# scores whose exponentials, and the shares made of them, stay far from the largest and the smallest number of fp32
-LARGEST_SOFTMAX_SCORE = 30.0
+# candidates, and queries of a KV head, from which on landmarks are laid out in tiles (`highest.py`)
+MANY_FROM, TILED_FROM = 16384, 512
+# sums of exponentials below, or above its inverse, are near the end of what fp32 can hold
+SMALLEST_SOFTMAX_TOTAL = 1e-13
 
 
 class Choice(NamedTuple):
@@ -88,6 +101,7 @@ def choose_blocks(
     granularity: str,
     landmarks_tie: bool,
     biases: Tensor | None = None,
+    repeated: RepeatedLandmarks | None = None,
     num_sink_blocks: int = 0,
     recent_landmarks: Tensor | None = None,
 ) -> Choice:
@@ -104,43 +118,85 @@ def choose_blocks(
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
+        repeated: knows which of the landmarks are equal; where many are, each is scored once.
         num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
         recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
     k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
-    landmarks = landmarks.to(rotated.dtype)
-    if granularity == "head" and rotated.shape[4] == 1:
+    queries = rotated.shape[4]
+    if granularity == "head" and queries == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
-    small = False
-    if granularity != "token_and_head" and not landmarks_tie:
-        limit = LARGEST_SOFTMAX_SCORE if biases is None else LARGEST_SOFTMAX_SCORE - float(biases.abs().amax())
-        small = products_are_small(rotated[..., 0, :], landmarks, limit)
+    settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
+    fewest, highest = int(candidates.min()) - k, None
+    alike = not landmarks_tie and not num_sink_blocks and recent_landmarks is None  # candidates, all compared alike
+    if granularity != "token" and alike and rotated.device.type == "cpu":
+        shared = {"k": k, "exponentials": granularity == "head"}
+        groups = repeated.groups(landmarks[:, :, : max(fewest, 0)], k) if repeated and biases is None else None
+        if groups is not None:
+            highest = functools.partial(highest_of_groups, groups=groups, **shared)
+        elif fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM:
+            if rotated.shape[1] > 1:
+                return _choose_head_by_head(rotated, landmarks, candidates, valid, biases, settings)
+            key, bias = landmarks.to(rotated.dtype).flatten(0, 1), None if biases is None else biases.flatten(0, 1)
+            highest = functools.partial(highest_of_many, key=key, tiles=in_tiles(key[:, :fewest]), bias=bias, **shared)
+    landmarks, parts = landmarks.to(rotated.dtype), []
+    if highest is None:
+        block = _choose_by_parts(rotated, landmarks, biases, candidates, valid, settings, recent_landmarks)
+    else:
+        at_once = max(1, TILE_QUERIES // queries)
+        for first in range(0, candidates.shape[1], at_once):
+            part = slice(first, first + at_once)
+            asked = rotated[:, :, :, part], landmarks, biases, candidates[:, part], valid[:, part]
+            block = _choose_of_many(*asked, granularity, highest)
+            parts.append(_choose_by_parts(*asked, settings) if block is None else block)
+        block = torch.cat(parts, dim=3)
+    return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
+
+
+def _choose_head_by_head(
+    rotated: Tensor,
+    landmarks: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    biases: Tensor | None,
+    settings: dict[str, Any],
+) -> Choice:
+    """As `choose_blocks`, so that more queries meet the same landmarks at once."""
+    choices = []
+    for head in range(rotated.shape[1]):
+        alone = slice(head, head + 1)
+        bias = None if biases is None else biases[:, alone]
+        choices.append(
+            choose_blocks(rotated[:, alone], landmarks[:, alone], candidates, valid, biases=bias, **settings)
+        )
+    return Choice(*(torch.cat(parts, dim=1) for parts in zip(*choices, strict=True)))
+
+
+def _choose_by_parts(
+    rotated: Tensor,
+    landmarks: Tensor,
+    biases: Tensor | None,
+    candidates: Tensor,
+    valid: Tensor,
+    settings: dict[str, Any],
+    recent_landmarks: Tensor | None = None,
+) -> Tensor:
+    """The blocks of `Choice`, as many groups at once as `SCORES_AT_ONCE` lets."""
+    k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
     ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
     first = 0
     while first < len(ends):
-        columns = 2 * k if landmarks_tie else k + ends[first]
+        columns = 2 * k if settings["landmarks_tie"] else k + ends[first]
         part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
         last = max(ends[part])  # later ones are nobody's candidates
         shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
-        parts.append(
-            _choose(
-                rotated[:, :, :, part],
-                None if recent_landmarks is None else recent_landmarks[:, :, part].to(rotated.dtype),
-                *shown,
-                candidates[:, part],
-                valid[:, part],
-                granularity,
-                landmarks_tie,
-                small,
-                num_sink_blocks,
-                k,
-            )
-        )
+        recent = None if recent_landmarks is None else recent_landmarks[:, :, part].to(rotated.dtype)
+        whose = candidates[:, part], valid[:, part]
+        parts.append(_choose(rotated[:, :, :, part], recent, *shown, *whose, k=k, **settings))
         first = part.stop
-    block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
-    return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
+    return torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
 
 
 def _choose(
@@ -150,41 +206,39 @@ def _choose(
     biases: Tensor | None,
     candidates: Tensor,
     valid: Tensor,
-    granularity: str,
-    tie: bool,
-    small: bool,
-    sinks: int,
     k: int,
+    granularity: str,
+    landmarks_tie: bool,
+    num_sink_blocks: int,
 ) -> Tensor:
-    """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SOFTMAX_SCORE`, either way."""
-    n = candidates[:, None, None, :, None, None]
-    if tie:
-        scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
-    else:
-        scores, block_of_first = _scores(rotated, recent_landmarks, landmarks, biases, candidates, k)
-    if sinks:  # they have no part in the comparison
-        block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
-        scores.masked_fill_(block < sinks, -torch.inf)
-    if granularity != "token_and_head":
-        if small:
-            # softmax ranks as log-softmax does, in fewer passes; masked entries are 0
-            scores.exp_()
-            scores.mul_(scores.sum(-1, keepdim=True).reciprocal_())
-            nothing = 0.0
+    """The blocks of `Choice` for some groups."""
+    n, sinks = candidates[:, None, None, :, None, None], num_sink_blocks
+    number = k - sinks
+
+    def score() -> tuple[Tensor, Tensor | int]:
+        if landmarks_tie:
+            scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
         else:
-            # of the n - k older candidates, which tie, only k have a column: each column counts for (n - k) / k of them
-            weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
-            if tie:
-                scores[..., :k] += weight
-            scores = scores.log_softmax(-1)
-            if tie:
-                scores[..., :k] -= weight
-            nothing = -torch.inf
-        if granularity == "head" and not valid.all():
-            scores.masked_fill_(~valid[:, None, None, ..., None], nothing)
-        scores = scores.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
-        scores.masked_fill_((scores == nothing) | (n <= sinks), -torch.inf)
-    value, column = top_latest(scores, k - sinks)
+            scores, block_of_first = _scores(rotated, recent_landmarks, landmarks, biases, candidates, k)
+        if sinks:  # they have no part in the comparison
+            block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
+            scores.masked_fill_(block < sinks, -torch.inf)
+        return scores, block_of_first
+
+    scores, block_of_first = score()
+    if granularity == "token_and_head":
+        value, column = top_latest(scores, number)
+    else:
+        shares, nobody = None if landmarks_tie else _shares_(scores, n), n <= sinks
+        if granularity == "head":
+            nobody = nobody | ~valid.any(-1)[:, None, None, :, None, None]
+        if shares is not None:
+            value, column = top_latest(_of_all(shares, valid, granularity, nothing=0.0), number, nothing=0.0)
+        # shares too small for fp32 may hide a candidate
+        if shares is None or ((value == -torch.inf) & (n >= k) & ~nobody).any():
+            logs = _log_shares(scores if landmarks_tie else score()[0], n, k, landmarks_tie)
+            value, column = top_latest(_of_all(logs, valid, granularity, nothing=-torch.inf), number)
+        value = value.masked_fill(nobody, -torch.inf)
     block = (column + block_of_first).masked_fill(value == -torch.inf, -1)
     return (with_sinks(block, sinks, n) if sinks else block).sort(-1).values
 
@@ -197,6 +251,72 @@ def with_sinks(block: Tensor, sinks: int, candidates: Tensor) -> Tensor:
     """
     sink = torch.arange(sinks, device=block.device)
     return torch.cat([torch.where(sink < candidates, sink, -1).expand(*block.shape[:-1], sinks), block], dim=-1)
+
+
+def _choose_of_many(
+    rotated: Tensor,
+    landmarks: Tensor,
+    biases: Tensor | None,
+    candidates: Tensor,
+    valid: Tensor,
+    granularity: str,
+    highest: Callable[[Tensor], Highest],
+) -> Tensor | None:
+    """As `_choose`, where `highest` knows the highest scores of the first of many candidates, all of them far ones.
+
+    None where exponentials do not fit fp32.
+    """
+    k, shared = rotated.shape[-2] - 1, granularity == "head"
+    far = highest(rotated[..., 0, :].flatten(0, 1).flatten(1, 3))
+    many = far.scored
+    far = Highest(*(x if isinstance(x, int | None) else x.view(*rotated.shape[:5], -1) for x in far))
+    near = slice(many, int(candidates.max()))
+    rest, block_of_first = _scores(
+        rotated, None, landmarks[:, :, near], None if biases is None else biases[:, :, near], candidates - many, k
+    )
+    value, column = top_latest(rest, k)
+    total = rest.exp_().sum(-1, keepdim=True) if shared else None
+    best = merge(far, Highest(value, column + block_of_first + many, total, 0))
+    if not shared:
+        return best.index.sort(-1).values
+    seen = valid[:, None, None, ..., None]
+    fitting = (best.total > SMALLEST_SOFTMAX_TOTAL) & (best.total < 1 / SMALLEST_SOFTMAX_TOTAL)
+    if not (fitting | ~seen).all():
+        return None
+    share = (best.value - best.total.log()).masked_fill(~seen, -torch.inf)
+    value, block = union(share.flatten(-2).unsqueeze(-2), best.index.flatten(-2).unsqueeze(-2), k)
+    return block.masked_fill(value == -torch.inf, -1).sort(-1).values
+
+
+def _shares_(scores: Tensor, n: Tensor) -> Tensor | None:
+    """The softmax of `scores`, overwriting them, 0 where there is no candidate; None where it does not fit fp32.
+
+    It ranks as log-softmax does, in fewer passes.
+    """
+    total = scores.exp_().sum(-1, keepdim=True)
+    fitting = (total > SMALLEST_SOFTMAX_TOTAL) & (total < 1 / SMALLEST_SOFTMAX_TOTAL)
+    if not (fitting | (n == 0)).all():
+        return None
+    return scores.mul_(total.clamp_min_(SMALLEST_SOFTMAX_TOTAL).reciprocal_())
+
+
+def _log_shares(scores: Tensor, n: Tensor, k: int, tie: bool) -> Tensor:
+    """The log-softmax of `scores`; -inf where there is no candidate."""
+    if not tie:
+        return scores.log_softmax(-1)
+    # of the n - k older candidates, which tie, only k have a column: each column counts for (n - k) / k of them
+    weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log()
+    scores[..., :k] += weight
+    scores = scores.log_softmax(-1)
+    scores[..., :k] -= weight
+    return scores
+
+
+def _of_all(shares: Tensor, valid: Tensor, granularity: str, nothing: float) -> Tensor:
+    """The largest of the shares of those who choose together. `nothing`: the share of padding, overwritten."""
+    if granularity == "head" and not valid.all():
+        shares.masked_fill_(~valid[:, None, None, ..., None], nothing)
+    return shares.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
 
 
 def _scores(
@@ -245,18 +365,3 @@ def _tied_scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tupl
     first = candidates[:, None, None, :, None, None] - 2 * k
     scores = torch.cat([scores[..., :1].expand(*scores.shape[:-1], k), scores[..., 1:]], dim=-1)
     return scores.masked_fill(first + torch.arange(2 * k, device=rotated.device) < 0, -torch.inf), first
-
-
-def top_latest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and indices (..., k) of the k highest scores (..., n), n > k; among equal ones the later indices win."""
-    values, indices = scores.topk(k + 1, dim=-1)
-    tied = values[..., k - 1] == values[..., k]
-    if tied.any():
-        tied &= values[..., k] > -torch.inf
-    values, indices = values[..., :k], indices[..., :k]
-    if tied.any():
-        # sorting stably from the last index to the first leaves the later of two equal scores in front
-        value, index = scores[tied].flip(-1).sort(dim=-1, descending=True, stable=True)
-        values[tied] = value[:, :k]
-        indices[tied] = scores.shape[-1] - 1 - index[:, :k]
-    return values, indices

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.groups import QueryGroups
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+from landmark_llama.reading.storage import BlockStorage
 from landmark_llama.reading.table import Table, kernels_take
 
 STEP_COLUMNS = 2  # most columns of a step: a token, and the landmark if it completes its block
@@ -94,8 +94,9 @@ class _Step:
         return self.output
 
 
-def _addresses(storage: DeviceStorage) -> tuple[int, ...]:
-    return tuple(x.data_ptr() for x in (storage.key, storage.value, storage.landmark, storage.bias) if x is not None)
+def _addresses(storage: BlockStorage) -> tuple[int, ...]:
+    landmarks = (of(storage.capacity) for of in (storage.landmarks, storage.biases))
+    return tuple(x.data_ptr() for x in (*storage.resident, *landmarks) if x is not None)
 
 
 def _is_step(states: Tensor, table: Table) -> bool:
@@ -104,6 +105,6 @@ def _is_step(states: Tensor, table: Table) -> bool:
         table.kernels
         and states.shape[1] <= STEP_COLUMNS
         and table.settings.granularity != "token"  # whose blocks PyTorch chooses
-        and all(storage.capacity and storage.key.device == states.device for storage in table.storages)
+        and all(storage.capacity and storage.device == states.device for storage in table.storages)
         and all(table.groups.stop <= storage.capacity * storage.block_size for storage in table.storages)
     )

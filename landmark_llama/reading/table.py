@@ -21,7 +21,7 @@ from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
 from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.groups import QueryGroups
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
+from landmark_llama.reading.storage import BlockStorage, Prior
 
 
 @dataclass(frozen=True)
@@ -191,26 +191,28 @@ def _choose_in_pytorch(
         granularity=granularity,
         landmarks_tie=landmarks_tie,
         biases=storage.biases(groups.candidates),
+        repeated=storage.repeated,
         num_sink_blocks=num_sink_blocks,
     )
     return rotated, rotated_scoring, choice
 
 
 def _choose_with_kernels(
-    query: Tensor, storage: DeviceStorage, groups: QueryGroups, *, granularity: str, **settings: Any
+    query: Tensor, storage: BlockStorage, groups: QueryGroups, *, granularity: str, **settings: Any
 ) -> Tensor:
     """The blocks of `Choice`, int32, chosen on the GPU by `query`; no number that the host must wait for."""
     from landmark_llama.reading.choice_triton import select_blocks
 
-    settings |= {"share": granularity == "head", "bias": storage.bias}
+    settings |= {"share": granularity == "head", "bias": storage.biases(storage.capacity)}
     with torch.cuda.device_of(query):
-        return select_blocks(query.contiguous(), storage.landmark, groups, **settings)
+        landmark = storage.landmarks(storage.capacity)
+        return select_blocks(query.contiguous(), landmark, groups, **settings)
 
 
 def _attend_with_kernels(
     query: Tensor,
     landmark_query: Tensor | None,
-    storage: DeviceStorage,
+    storage: BlockStorage,
     groups: QueryGroups,
     choice: Choice | Tensor | None,
     **settings: Any,
@@ -218,22 +220,20 @@ def _attend_with_kernels(
     from landmark_llama.reading.table_triton import attend_table
 
     block = choice.block.int() if isinstance(choice, Choice) else choice
-    rows = {"one_block": groups.one_block, "bias": storage.bias, **settings}
+    rows = {"one_block": groups.one_block, "bias": storage.biases(storage.capacity), **settings}
     rows["landmark_query"] = None if landmark_query is None else landmark_query.contiguous()
     with torch.cuda.device_of(query):
-        return attend_table(query.contiguous(), storage.key, storage.value, groups, block, **rows)
+        return attend_table(query.contiguous(), *storage.resident, groups, block, **rows)
 
 
 def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable) -> bool:
     """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does."""
-    if not (
-        isinstance(storage, DeviceStorage) and storage.capacity and availability.kernels_run_on(storage.key.device)
-    ):
+    if storage.resident is None or not storage.capacity or not availability.kernels_run_on(storage.device):
         return False
     from landmark_llama.reading.table_triton import supported
 
-    one_dtype = dtype == storage.key.dtype and rotary.cos.dtype == torch.float32
-    return one_dtype and supported(dtype, storage.key.shape[-1], storage.block_size, storage.key.device)
+    one_dtype = dtype == storage.dtype and rotary.cos.dtype == torch.float32
+    return one_dtype and supported(dtype, storage.resident[0].shape[-1], storage.block_size, storage.device)
 
 
 def _attend_direct(
