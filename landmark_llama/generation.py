@@ -8,10 +8,24 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import MaxLengthCriteria, SuppressTokensLogitsProcessor
 
 from landmark_llama.reading.cache import LandmarkCache
+from landmark_llama.reading.trace import record_retrieved
 
 
 class LandmarkGenerationMixin:
     """Goes in front of transformers' own generation, whose hooks it answers."""
+
+    def generate(self, *args: Any, return_retrieved: bool = False, **kwargs: Any) -> Any:
+        """As transformers'; with `return_retrieved` the output is a dictionary, with the blocks that were retrieved.
+
+        return_retrieved: adds `retrieved` to the output, a `RetrievedStep` a call of the model, and implies
+            `return_dict_in_generate`.
+        """
+        if not return_retrieved:
+            return super().generate(*args, **kwargs)
+        with record_retrieved(self) as retrieved:
+            output = super().generate(*args, **{**kwargs, "return_dict_in_generate": True})
+        output["retrieved"] = retrieved
+        return output
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any

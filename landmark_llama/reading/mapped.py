@@ -37,7 +37,8 @@ class MappedStorage:
         device: torch.device,
     ) -> None:
         self.block_size = saved.shape[-2]
-        self.layer, self.device = layer, device
+        self.layer, self.dtype, self.device = layer, saved.dtype, device
+        self.resident, self.landmarks_tie = None, False  # no kernel reads the file
         self.rows = torch.arange(saved.shape[3])  # the saved row that each row goes on from
         self.saved, self.added = saved, DeviceStorage(self.block_size)
         if tail.shape[3]:
@@ -117,8 +118,9 @@ class MappedStorage:
         self.bias = None if self.bias is None else self.bias.index_select(0, rows)
 
     def _gather_saved(self, blocks: Tensor, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks (rows, kv_heads or 1, ...) of the file; with `place`, (places, block_size, head_dim)
-        of some of them, counted over (rows, kv_heads, ...).
+        """Keys and values of blocks (rows, kv_heads or 1, ...) of the file.
+
+        With `place`, (places, block_size, head_dim) of some of them, counted over (rows, kv_heads, ...).
         """
         _, layers, _, saved_rows, kv_heads, _, head_dim = self.saved.shape
         first = self.rows.unsqueeze(1) * kv_heads + torch.arange(kv_heads)

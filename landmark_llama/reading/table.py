@@ -21,6 +21,7 @@ from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
+from landmark_llama.reading.trace import Report, report_of_chunk
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Table:
             landmarks_tie=layer_idx == 0 and not self.pooled,
             kernels=self.kernels,
             landmark_query=None if landmark_query is None else landmark_query.unflatten(2, by_kv_head),
+            report=report_of_chunk(layer_idx, self.groups, self.storages[layer_idx]),
         ).flatten(2, 3)
 
     def fill_cache_only(
@@ -113,6 +115,7 @@ def attend_through_table(
     landmarks_tie: bool,
     kernels: bool = True,
     landmark_query: Tensor | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
 
@@ -122,12 +125,13 @@ def attend_through_table(
         landmarks_tie: as in `choose_blocks`.
         kernels: use the GPU kernels where they can run. False: PyTorch.
         landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
+        report: is told what was chosen, by PyTorch.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
+    kernels = kernels and report is None and kernels_take(storage, query.dtype, rotary, landmark_query)
     grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
@@ -144,6 +148,8 @@ def attend_through_table(
     if kernels:
         return _attend_with_kernels(query, storage, groups, choice, **settings)
     output, lse = _attend_direct(grouped, scoring, storage, groups, **settings)
+    if report is not None:
+        report(choice, rotated if rotated_scoring is None else rotated_scoring, lse)
     if choice is not None:
         output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)

@@ -1,8 +1,8 @@
 """The folder of a saved memory: which files it has, and how it goes from one complete state to the next.
 
     memory.json             what is remembered: how much of each file counts, checksums, the model, the texts
-    blocks.safetensors      keys and values of complete blocks, (blocks, layers, 2, rows, kv_heads, block_size, head_dim)
-    landmarks.safetensors   their landmark keys, (blocks, layers, rows, kv_heads, head_dim)
+    blocks.safetensors      complete blocks' keys and values: (blocks, layers, 2, rows, kv_heads, block_size, head_dim)
+    landmarks.safetensors   their landmark keys: (blocks, layers, rows, kv_heads, head_dim)
     biases.safetensors      where landmark keys are pooled: their biases, (blocks, layers, rows, kv_heads)
     tokens.safetensors      the text, (tokens, 3): id, character and line in its file; only where texts were read
     tail-N.safetensors      keys and values of what follows the complete blocks, after N tokens
