@@ -10,6 +10,7 @@ What the memory holds already is not read again: killed, the same command goes o
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class ProgressBar(Progress):
     """Bytes of text read, time left, tokens."""
 
     def __init__(self, total: int) -> None:
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+        seldom = 0.1 if sys.stderr.isatty() else 30  # a line each, in a file
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=seldom)
 
     def skip(self, size: int) -> None:
         self.bar.initial += size

@@ -174,7 +174,7 @@ def _call_tokens(config: Any) -> int:
 
 
 def _calls(pieces: Iterator[Piece], call_tokens: int, read: int) -> Iterator[list[Piece]]:
-    """The pieces of each call, `read` tokens being read. Calls end at multiples of `call_tokens`, and with the texts."""
+    """The pieces of each call, which end at multiples of `call_tokens` in the memory. `read`: tokens it holds."""
     room = call_tokens - read % call_tokens
     call: list[Piece] = []
     for piece in pieces:

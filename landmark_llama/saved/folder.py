@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from landmark_llama.saved.growing import GrowingFile, Rows
@@ -181,7 +181,7 @@ class Writer:
         name = f"tail-{max(state.ordinary)}.safetensors" if tail else None
         if tail:
             partial = self.folder / f"{name}.partial"
-            save_file({key: x.detach().cpu().contiguous() for key, x in tail.items()}, partial)
+            partial.write_bytes(save({key: x.detach().cpu().contiguous() for key, x in tail.items()}))
             _to_disk(partial)
             os.replace(partial, self.folder / name)
         state = replace(state, files=files, tail=name)
