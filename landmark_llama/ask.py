@@ -60,7 +60,11 @@ def show(passages: list[Passage]) -> str:
     """The passages as text, the heaviest first."""
     if not passages:
         return "nothing was retrieved: the memory is short enough to be read directly"
-    return "\n".join(f"{x.weight:7.1%}  {x.place}\n         {' '.join(x.text.split())}" for x in passages)
+    lines = []
+    for x in passages:
+        before, text, after = (" ".join(part.split()) for part in (x.before, x.text, x.after))
+        lines.append(f"{x.weight:7.1%}  {x.place}\n         {before} [{text}] {after}")
+    return "\n".join(lines)
 
 
 def as_json(answer: Answer, passages: list[Passage] | None) -> str:

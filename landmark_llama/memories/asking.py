@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Memory:
             raise ValueError(f"{folder}: was read with another tokenizer than the model's")
         self.cache = LandmarkCache.load(folder, model)
 
-    @property
+    @functools.cached_property
     def tokens(self) -> Tensor:
         """The text, (tokens, 3): id, character and line in its file; no rows if it was saved without."""
         return self.manifest.read(self.folder, "tokens")

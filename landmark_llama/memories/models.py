@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from landmark_llama.adapters import is_adapter, load_adapter
 from landmark_llama.configuration import LandmarkLlamaConfig
@@ -31,6 +32,7 @@ def load_model(
     """
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{name}: there is no such folder")
+    logging.disable_progress_bar()  # of the weights: it takes the place of the text's
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_adapter(name):
         model = load_adapter(name, dtype=dtype)

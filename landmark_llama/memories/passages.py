@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from landmark_llama.memories.asking import Memory
 from landmark_llama.reading.trace import RetrievedStep
 
+AROUND = 24  # tokens shown before and after a passage
+
 
 @dataclass(frozen=True)
 class Passage:
     """One block of a memory.
 
     weight: its share of all attention, the mean over steps, layers and heads.
+    before, after: some of the text around it.
     source: the file; None where the memory was saved without its text. line, character: where it begins there, the
         line from 1 and the character from 0 (-1 where it is not known).
     first, last: its tokens, counted over the memory.
@@ -26,7 +29,9 @@ class Passage:
 
     block: int
     weight: float
+    before: str
     text: str
+    after: str
     source: str | None
     line: int
     character: int
@@ -87,12 +92,13 @@ def passage(memory: Memory, block: int, weight: float = 0.0) -> Passage:
     """A block of the memory as text."""
     size = memory.manifest.shape.block_size - 1
     first, last = block * size, min((block + 1) * size, max(memory.manifest.ordinary)) - 1
-    tokens = memory.tokens[first : last + 1]
+    tokens = memory.tokens
     if not len(tokens):
-        return Passage(block, weight, "", None, 0, -1, first, last)
-    _, character, line = tokens[0].tolist()
-    text = decode(memory.tokenizer, tokens[:, 0].tolist())
-    return Passage(block, weight, text, _source(memory, first), line, character, first, last)
+        return Passage(block, weight, "", "", "", None, 0, -1, first, last)
+    _, character, line = tokens[first].tolist()
+    parts = tokens[max(0, first - AROUND) : first], tokens[first : last + 1], tokens[last + 1 : last + 1 + AROUND]
+    before, text, after = (decode(memory.tokenizer, part[:, 0].tolist()) for part in parts)
+    return Passage(block, weight, before, text, after, _source(memory, first), line, character, first, last)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

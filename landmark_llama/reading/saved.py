@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from landmark_llama.reading.mapped import MappedStorage
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage
 from landmark_llama.saved.fingerprint import describe, differences, reader_of
 from landmark_llama.saved.folder import Manifest, Shape, read_manifest, writing
-
-if TYPE_CHECKING:
-    from landmark_llama.reading.cache import LandmarkCache
 
 WRITTEN_AT_ONCE = 64 << 20  # bytes of blocks that are gathered to be written
 
@@ -65,7 +61,7 @@ class SavedMixin:
         *,
         mapped: bool | None = None,
         verify: bool = False,
-    ) -> LandmarkCache:
+    ) -> SavedMixin:
         """Opens a saved memory, for the model that read it.
 
         The cache counts columns from 0: give `model` and `generate` the ids of what follows the text, without the text.
@@ -92,7 +88,7 @@ class SavedMixin:
         return cache
 
 
-def manifest_of(cache: LandmarkCache, reader: nn.Module) -> Manifest:
+def manifest_of(cache: SavedMixin, reader: nn.Module) -> Manifest:
     """What `cache`, read by `reader`, will say of itself once it is saved."""
     storage = cache.storages[0]
     key, _ = storage.gather(torch.zeros(len(cache.ordinary_counts), 1, 1, dtype=torch.long, device=_device(reader, 0)))
@@ -163,7 +159,7 @@ def check_model(folder: Path, manifest: Manifest, reader: nn.Module) -> None:
 
 
 def open_blocks(
-    cache: LandmarkCache, folder: Path, manifest: Manifest, reader: nn.Module, mapped: bool | None = None
+    cache: SavedMixin, folder: Path, manifest: Manifest, reader: nn.Module, mapped: bool | None = None
 ) -> None:
     """Gives `cache` the blocks of the memory in `folder`; arguments as of `SavedMixin.load`."""
     saved, landmarks = manifest.read(folder, "blocks"), manifest.read(folder, "landmarks")
