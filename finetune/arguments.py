@@ -63,6 +63,13 @@ class ModelArguments:
     landmark_query_rank: int | None = field(
         default=None, metadata={"help": "rank of the calibration of the queries that score landmarks (0: none)"}
     )
+    block_weight: str | None = field(
+        default=None,
+        metadata={"help": "landmark, or exact: a block weighs what its tokens do, and landmarks only choose blocks"},
+    )
+    num_sink_blocks: int | None = field(
+        default=None, metadata={"help": "so many of the retrieved blocks are always the first ones of the text"}
+    )
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )

@@ -29,6 +29,8 @@ LANDMARK_SETTINGS = (
     "train_retrieved_blocks",
     "landmark_key",
     "landmark_query_rank",
+    "block_weight",
+    "num_sink_blocks",
     "predict_from_landmark",
 )
 TOKENIZER_DOCUMENTS = 8000  # as many documents of the embedded corpus are enough for its tokenizer

@@ -12,6 +12,7 @@ from landmark_llama.hub import InstalledClass, auto_map, write_loader
 LocalAttention = Literal["sliding", "chunked"]
 RetrievalGranularity = Literal["token_and_head", "head", "token"]
 LandmarkKey = Literal["token", "pooled"]
+BlockWeight = Literal["landmark", "exact"]
 
 RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attention", "retrieval_granularity")
 
@@ -21,12 +22,16 @@ class RetrievalSettings(NamedTuple):
 
     num_retrieved_blocks: blocks that a query retrieves.
     num_direct_blocks: blocks before its own that a query reads directly; in chunked attention, at most so many.
+    num_sink_blocks: of those that it retrieves, the first ones of the text, whatever they score.
+    exact_weights: whether blocks weigh what their tokens do (`block_weight="exact"`).
     """
 
     num_retrieved_blocks: int
     num_direct_blocks: int
     local_attention: LocalAttention
     granularity: RetrievalGranularity
+    num_sink_blocks: int = 0
+    exact_weights: bool = False
 
     @property
     def chunked(self) -> bool:
@@ -60,6 +65,10 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     landmark_key: what stands for a block where it is scored: the key of its landmark token (`"token"`, the paper's), or
         one `"pooled"` of the block's own keys (`docs/landmark_keys.md`).
     landmark_query_rank: rank of what each layer adds to its queries where they score landmarks; 0 for nothing.
+    block_weight: what an earlier block weighs where it is read: what its landmark scores (`"landmark"`, the paper's),
+        or what its tokens weigh in ordinary attention (`"exact"`), so that landmarks only choose which blocks are read
+        (`docs/exact_weights.md`).
+    num_sink_blocks: so many of the retrieved blocks are the first ones of the text, whatever they score.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
     kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded
@@ -84,6 +93,8 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     train_retrieved_blocks: int | None = None
     landmark_key: str = "token"
     landmark_query_rank: int = 0
+    block_weight: str = "landmark"
+    num_sink_blocks: int = 0
     predict_from_landmark: bool = False
     num_padded_tokens: int = 0
     kernels: bool = True
@@ -136,7 +147,14 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
                 "retrieve fewer blocks, read fewer directly, or use smaller blocks"
             )
         direct = room if local is None or attention == "chunked" else local
-        return RetrievalSettings(retrieved, direct, attention, granularity)
+        sinks = min(self.num_sink_blocks, retrieved)
+        return RetrievalSettings(retrieved, direct, attention, granularity, sinks, self.block_weight == "exact")
+
+    @property
+    def landmarks_as_in_the_paper(self) -> bool:
+        """Whether the landmark tokens' own keys score and weigh blocks, which is all that the GPU kernels know."""
+        own_keys = self.landmark_key == "token" and not self.landmark_query_rank
+        return own_keys and self.block_weight == "landmark" and not self.num_sink_blocks
 
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
         """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
@@ -150,6 +168,12 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         """Raises ValueError if the settings do not fit each other. Call it again after changing a field."""
         self.retrieval()
         _one_of("landmark_key", self.landmark_key, LandmarkKey)
+        _one_of("block_weight", self.block_weight, BlockWeight)
+        if not 0 <= self.num_sink_blocks <= self.num_retrieved_blocks:
+            raise ValueError(
+                f"num_sink_blocks={self.num_sink_blocks}: must be from 0 to "
+                f"num_retrieved_blocks={self.num_retrieved_blocks}, of which they are a part"
+            )
         if self.landmark_query_rank < 0:
             raise ValueError(f"landmark_query_rank={self.landmark_query_rank}: must not be negative; 0 for none")
         if self.train_retrieved_blocks is None:

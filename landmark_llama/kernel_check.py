@@ -38,14 +38,13 @@ def check_kernels(model: nn.Module, input_ids: Tensor) -> int:
 
     Returns:
         The number of layers compared; 0 where PyTorch does all: without a GPU or Triton, with `kernels=False`, with
-        pooled landmark keys or calibrated queries, in float64.
+        other landmarks than the paper's (`LandmarkLlamaConfig.landmarks_as_in_the_paper`), in float64.
 
     Raises:
         KernelsDifferError: naming the first layer and tensor that differ, and by how much.
     """
     config = model.config
-    plain = config.landmark_key == "token" and not config.landmark_query_rank  # which is all that the kernels know
-    if not (plain and config.kernels and availability.kernels_run_on(input_ids.device)):
+    if not (config.landmarks_as_in_the_paper and config.kernels and availability.kernels_run_on(input_ids.device)):
         return 0
     found: list[list[str]] = []
     attentions = [module for module in model.modules() if isinstance(module, LandmarkLlamaAttention)]

@@ -164,11 +164,12 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         config, layout, pooled = self.config, rows.layout, self.config.landmark_key == "pooled"
         if self.training and cache is not None:
             settings = check_segment(config, layout, *retrieval)
-            return Segment.of(layout, cache, settings.num_retrieved_blocks, pooled)
-        direct = 0
+            return Segment.of(layout, cache, settings, pooled)
+        direct, sinks = 0, config.num_sink_blocks
         if config.train_retrieved_blocks is not None or any(x is not None for x in retrieval):
             direct = config.retrieval(*retrieval).num_direct_blocks
-        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, config.kernels, pooled)
+        how = {"kernels": config.kernels, "pooled": pooled, "exact_weights": config.block_weight == "exact"}
+        whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, num_sink_blocks=sinks, **how)
         longest = config.train_context_length
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)

@@ -40,7 +40,8 @@ SHAPE = (
     "tie_word_embeddings",
 )  # fmt: skip
 LANDMARK_SETTINGS = (
-    *RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "landmark_key", "predict_from_landmark",
+    *RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "landmark_key", "block_weight",
+    "num_sink_blocks", "predict_from_landmark",
 )  # fmt: skip
 
 

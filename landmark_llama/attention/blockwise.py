@@ -30,13 +30,14 @@ def blockwise_landmark_attention(
     value: Tensor,
     block_size: int,
     scale: float,
-    retrieval: tuple[int, int] | None = None,
+    retrieval: tuple[int, int, int] | None = None,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
 ) -> Tensor:
     """Causal landmark attention; arguments and result as in `landmark_attention`.
 
-    retrieval: its `num_retrieved_blocks` and `num_direct_blocks`; None: queries see all earlier blocks.
+    retrieval: its `num_retrieved_blocks`, `num_direct_blocks` and `num_sink_blocks`; None: queries see all blocks
+        before their own.
     """
     output, _ = _BlockwiseLandmarkAttention.apply(
         query, key, value, landmark_query, landmark_bias, block_size, scale, retrieval
@@ -75,7 +76,7 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         landmark_bias: Tensor | None,
         block_size: int,
         scale: float,
-        retrieval: tuple[int, int] | None,
+        retrieval: tuple[int, int, int] | None,
     ) -> tuple[Tensor, Tensor]:
         tiles = _QueryTiles(query, key, value, landmark_query, landmark_bias, block_size, scale)
         output = torch.empty_like(tiles.query)
@@ -85,7 +86,7 @@ class _BlockwiseLandmarkAttention(torch.autograd.Function):
         for rows, blocks, position in tiles:
             scores = tiles.scores(rows, blocks)
             unseen = None
-            if retrieval is not None and scores.shape[-2] > sum(retrieval) + 1:
+            if retrieval is not None and scores.shape[-2] > sum(retrieval[:2]) + 1:
                 unseen = ~seen_blocks(scores[..., -1], position // block_size, *retrieval)
             weights, adjust, lse[..., rows] = normalise_(scores, position, unseen, small)
             output[..., rows, :] = weights.flatten(-2) @ tiles.value[..., blocks, :]

@@ -48,12 +48,12 @@ def pool_rows(key: Tensor, query: Tensor, block_size: int, scale: float) -> tupl
     complete = length - length % block_size
     block = key[:, :, :complete].unflatten(2, (-1, block_size))
     pooled, bias = pool_block(
-        block[..., :-1, :], _prior_of_heads(query[:, :, block_size - 1 : complete : block_size], key.shape[1]), scale
+        block[..., :-1, :], prior_of_heads(query[:, :, block_size - 1 : complete : block_size], key.shape[1]), scale
     )
     whole = torch.cat([block[..., :-1, :], pooled.unsqueeze(-2)], dim=-2).flatten(2, 3)
     return torch.cat([whole, key[:, :, complete:]], dim=2), bias
 
 
-def _prior_of_heads(query: Tensor, kv_heads: int) -> Tensor:
+def prior_of_heads(query: Tensor, kv_heads: int) -> Tensor:
     """(batch, heads, ...) to (batch, kv_heads, ...): the mean of the query heads that share a KV head."""
     return query.unflatten(1, (kv_heads, -1)).mean(2, dtype=torch.promote_types(query.dtype, torch.float32))

@@ -30,8 +30,10 @@ def landmark_attention_reference(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    num_sink_blocks: int = 0,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    exact_weights: bool = False,
 ) -> Tensor:
     """Landmark attention by the definition, differentiable, in time and memory quadratic in the length.
 
@@ -41,9 +43,12 @@ def landmark_attention_reference(
             `block_size`.
         block_size: positions of a block, its landmark included.
         scale: factor of the scores; by default `head_dim ** -0.5`.
-        num_retrieved_blocks, num_direct_blocks: which earlier blocks a query sees (`seen_blocks`); by default all.
+        num_retrieved_blocks, num_direct_blocks, num_sink_blocks: which earlier blocks a query sees (`seen_blocks`); by
+            default all.
         landmark_query: the shape of `query`: what scores landmarks in its place.
         landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks, of complete blocks at least.
+        exact_weights: an earlier block's share is what its tokens weigh in ordinary attention: every token that a query
+            sees has the logit `s[i, j]`, and landmarks only say which blocks those are.
 
     Returns:
         (batch, heads, query_length, head_dim), in the dtype of `query`.
@@ -55,8 +60,10 @@ def landmark_attention_reference(
         scale=scale,
         num_retrieved_blocks=num_retrieved_blocks,
         num_direct_blocks=num_direct_blocks,
+        num_sink_blocks=num_sink_blocks,
         landmark_query=landmark_query,
         landmark_bias=landmark_bias,
+        exact_weights=exact_weights,
     )
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return weights.to(value.dtype) @ value
@@ -70,8 +77,10 @@ def landmark_attention_weights(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    num_sink_blocks: int = 0,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    exact_weights: bool = False,
 ) -> Tensor:
     """Weights (batch, heads, query_length, key_length) of landmark attention: rows sum to 1, landmarks weigh 0.
 
@@ -99,9 +108,11 @@ def landmark_attention_weights(
     earlier = (block < own_block) & ordinary
     if num_retrieved_blocks is not None:
         landmark = torch.nn.functional.pad(landmark_scores, (0, 1))
-        seen = seen_blocks(landmark, own_block.squeeze(-1), num_retrieved_blocks, num_direct_blocks)
+        seen = seen_blocks(landmark, own_block.squeeze(-1), num_retrieved_blocks, num_direct_blocks, num_sink_blocks)
         earlier = earlier & seen[..., block]
 
+    if exact_weights:
+        return torch.where(own | earlier, scores, -torch.inf).softmax(-1)
     logits = torch.where(own, scores, -torch.inf)
     for c in range((key_length - 1) // block_size):
         members = earlier & (block == c)
@@ -113,7 +124,9 @@ def landmark_attention_weights(
     return logits.softmax(-1)
 
 
-def seen_blocks(landmark: Tensor, own: Tensor, num_retrieved_blocks: int, num_direct_blocks: int) -> Tensor:
+def seen_blocks(
+    landmark: Tensor, own: Tensor, num_retrieved_blocks: int, num_direct_blocks: int, num_sink_blocks: int = 0
+) -> Tensor:
     """Which blocks each query sees if it retrieves the best of the earlier ones, as in reading long texts.
 
     Args:
@@ -121,6 +134,7 @@ def seen_blocks(landmark: Tensor, own: Tensor, num_retrieved_blocks: int, num_di
         own: (..., queries): block of each query.
         num_retrieved_blocks: a query sees so many candidates with the highest scores, and all that tie with the last.
         num_direct_blocks: blocks before the own one that are always seen. The blocks before these are the candidates.
+        num_sink_blocks: of those retrieved, so many are the first candidates, whatever they score.
 
     Returns:
         Boolean, the shape of `landmark`. The own block is seen.
@@ -130,6 +144,9 @@ def seen_blocks(landmark: Tensor, own: Tensor, num_retrieved_blocks: int, num_di
     if num_retrieved_blocks:
         candidate = block < own - num_direct_blocks
         value = landmark.masked_fill(~candidate, -torch.inf)
+        value[..., :num_sink_blocks] = value[..., :num_sink_blocks].masked_fill(
+            candidate[..., :num_sink_blocks], torch.inf
+        )
         best = value.topk(min(num_retrieved_blocks, landmark.shape[-1]), dim=-1).values
         seen = seen | candidate & (value >= best[..., -1:])
     return seen.expand(landmark.shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from landmark_llama.attention.availability import kernels_take_rows
 from landmark_llama.attention.blockwise import blockwise_landmark_attention
+from landmark_llama.attention.exact import exact_attention
 from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.attention.rotary import RotaryTable
 
@@ -22,6 +23,8 @@ class WholeRows:
         `num_direct_blocks` before its own (`train_retrieved_blocks` of the configuration).
     kernels: False: PyTorch attends on a GPU, too.
     pooled: whether landmark keys are pooled of their blocks' keys.
+    num_sink_blocks: of the retrieved blocks, so many are the first ones.
+    exact_weights: earlier blocks weigh what their tokens do.
     """
 
     block_size: int
@@ -29,6 +32,8 @@ class WholeRows:
     num_direct_blocks: int = 0
     kernels: bool = True
     pooled: bool = False
+    num_sink_blocks: int = 0
+    exact_weights: bool = False
 
     def attend(
         self,
@@ -74,6 +79,8 @@ class WholeRows:
             scale=scale,
             num_retrieved_blocks=self.num_retrieved_blocks,
             num_direct_blocks=self.num_direct_blocks,
+            num_sink_blocks=self.num_sink_blocks,
+            exact_weights=self.exact_weights,
             landmark_query=landmark_query,
             landmark_bias=bias,
             kernels=self.kernels,
@@ -89,6 +96,8 @@ def landmark_attention(
     scale: float | None = None,
     num_retrieved_blocks: int | None = None,
     num_direct_blocks: int = 0,
+    num_sink_blocks: int = 0,
+    exact_weights: bool = False,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
     kernels: bool = True,
@@ -107,6 +116,8 @@ def landmark_attention(
         scale: factor of the scores; by default `head_dim ** -0.5`.
         num_retrieved_blocks: if given, a query sees no more than so many earlier blocks, those whose landmarks it
             scores highest, beside the `num_direct_blocks` before its own. On a GPU, too, that is computed by PyTorch.
+        num_sink_blocks: of the retrieved blocks, so many are the first ones, whatever their landmarks score.
+        exact_weights: earlier blocks weigh what their tokens weigh in ordinary attention; landmarks only choose them.
         landmark_query: (batch, heads, query_length, head_dim): what scores landmarks in place of `query`.
         landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. On a GPU,
             too, these two are computed by PyTorch.
@@ -121,16 +132,20 @@ def landmark_attention(
     _check(query, key, value, block_size)
     if landmark_query is not None or landmark_bias is not None:
         _check_landmarks(query, key, landmark_query, landmark_bias, block_size)
-    for name, number in (("num_retrieved_blocks", num_retrieved_blocks), ("num_direct_blocks", num_direct_blocks)):
+    numbers = {"num_retrieved_blocks": num_retrieved_blocks, "num_direct_blocks": num_direct_blocks}
+    for name, number in {**numbers, "num_sink_blocks": num_sink_blocks}.items():
         if (number or 0) < 0:
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     landmarks = landmark_query, landmark_bias
+    if exact_weights:
+        which = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks, num_sink_blocks)
+        return exact_attention(query, key, value, block_size, scale, which, *landmarks)
     if kernels and _on_gpu(query) and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
         from landmark_llama.attention.fused import fused_landmark_attention
 
         return fused_landmark_attention(query, key, value, block_size, scale)
-    retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks)
+    retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks, num_sink_blocks)
     return blockwise_landmark_attention(query, key, value, block_size, scale, retrieval, *landmarks)
 
 

@@ -24,6 +24,7 @@ def attend_window(
     scale: float,
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    exact_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Landmark attention of groups of queries over their windows of consecutive blocks.
 
@@ -35,6 +36,7 @@ def attend_window(
         first: (..., queries): the first block of the window that each query sees.
         landmark_query: (..., queries, head_dim): what scores landmarks in place of `query`.
         landmark_bias: (..., blocks): added to the scores of the landmarks.
+        exact_weights: earlier blocks weigh what their tokens do, whatever their landmarks score.
 
     Returns:
         The attention output (..., queries, head_dim), and the logsumexp (..., queries) of each query's own group, which
@@ -42,10 +44,12 @@ def attend_window(
     """
     query, key, value = upcast(query) * scale, upcast(key), upcast(value)
     scores = (query @ key.transpose(-1, -2)).unflatten(-1, (-1, block_size))
-    if landmark_query is not None:
+    if exact_weights:
+        scores[..., -1] = scores[..., :-1].logsumexp(-1)
+    elif landmark_query is not None:
         landmark = key[..., block_size - 1 :: block_size, :]
         scores[..., -1] = upcast(landmark_query) * scale @ landmark.transpose(-1, -2)
-    if landmark_bias is not None:
+    if landmark_bias is not None and not exact_weights:
         scores[..., -1] += landmark_bias.unsqueeze(-2)
     block = torch.arange(scores.shape[-2], device=scores.device)
     weights, _, lse = normalise_(scores, position, block < first.unsqueeze(-1))
@@ -60,6 +64,7 @@ def attend_gathered(
     window: tuple[Tensor, Tensor],
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    exact_weights: bool = False,
 ) -> Tensor:
     """Adds the blocks gathered for each group of queries to the attention over its window.
 
@@ -72,6 +77,7 @@ def attend_gathered(
         window: output (..., queries, head_dim) and logsumexp (..., queries) of `attend_window` for the same queries.
         landmark_query: the shape of `query`: what scores landmarks in its place.
         landmark_bias: (..., blocks): added to the scores of the landmarks.
+        exact_weights: blocks weigh what their tokens do, whatever their landmarks score.
 
     Returns:
         (..., queries, head_dim): attention over the window and the gathered blocks together.
@@ -79,9 +85,11 @@ def attend_gathered(
     query, key, value = upcast(query), upcast(key), upcast(value)
     window_output, window_lse = window
     scores = query @ key.transpose(-1, -2)  # (..., blocks, queries, block_size)
-    if landmark_query is not None:
+    if exact_weights:
+        scores[..., -1] = scores[..., :-1].logsumexp(-1)
+    elif landmark_query is not None:
         scores[..., -1] = torch.linalg.vecdot(upcast(landmark_query), key[..., -1:, :])
-    if landmark_bias is not None:
+    if landmark_bias is not None and not exact_weights:
         scores[..., -1] += landmark_bias.unsqueeze(-1)
     landmark = scores[..., -1].masked_fill(~chosen, -torch.inf)  # (..., blocks, queries)
     small = are_small(scores)

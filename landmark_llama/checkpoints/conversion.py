@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from landmark_llama.calibration import add_calibration
-from landmark_llama.configuration import LandmarkKey, LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
+from landmark_llama.configuration import (
+    BlockWeight,
+    LandmarkKey,
+    LandmarkLlamaConfig,
+    LocalAttention,
+    RetrievalGranularity,
+)
 from landmark_llama.tokenization import add_landmark_token
 
 if TYPE_CHECKING:
@@ -151,6 +157,8 @@ class FromLlamaMixin:
         train_retrieved_blocks: int | None = None,
         landmark_key: LandmarkKey = "token",
         landmark_query_rank: int = 0,
+        block_weight: BlockWeight = "landmark",
+        num_sink_blocks: int = 0,
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> Any:
@@ -184,6 +192,8 @@ class FromLlamaMixin:
                 "train_retrieved_blocks": train_retrieved_blocks,
                 "landmark_key": landmark_key,
                 "landmark_query_rank": landmark_query_rank,
+                "block_weight": block_weight,
+                "num_sink_blocks": num_sink_blocks,
                 "predict_from_landmark": predict_from_landmark,
             },
             from_pretrained,

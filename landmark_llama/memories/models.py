@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from landmark_llama.adapters import is_adapter, load_adapter
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.saved.folder import Manifest
 
 
@@ -64,11 +64,12 @@ def settings_of(state: Manifest) -> dict[str, Any]:
     """The fields of a configuration that a memory was read with."""
     if not state.read_with:
         return {}
-    read = state.read_with[0]
-    settings = {name: read[name] for name in ("num_retrieved_blocks", "local_attention")}
-    settings["retrieval_granularity"] = read["granularity"]
-    return (
-        settings
-        if read["local_attention"] == "chunked"
-        else {**settings, "num_local_blocks": read["num_direct_blocks"]}
-    )
+    read = RetrievalSettings(**state.read_with[0])
+    settings = {
+        "num_retrieved_blocks": read.num_retrieved_blocks,
+        "local_attention": read.local_attention,
+        "retrieval_granularity": read.granularity,
+        "num_sink_blocks": read.num_sink_blocks,
+        "block_weight": "exact" if read.exact_weights else "landmark",
+    }
+    return settings if read.chunked else {**settings, "num_local_blocks": read.num_direct_blocks}

@@ -64,7 +64,7 @@ class LandmarkCache(SavedMixin, Cache):
         storage: makes the storage of one layer, given the block size; by default the model's device.
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
-            Elsewhere it changes nothing, nor with pooled landmark keys or calibrated queries, which no kernel reads.
+            Elsewhere it changes nothing, nor where `config.landmarks_as_in_the_paper` is False, which no kernel reads.
 
     Example:
 
@@ -86,8 +86,7 @@ class LandmarkCache(SavedMixin, Cache):
             raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
         self.block_size = config.block_size
         self._make_storage = storage
-        kernels_read_it = config.landmark_key == "token" and not config.landmark_query_rank
-        self.graphs = DecodingGraphs() if cuda_graphs and kernels_read_it else None
+        self.graphs = DecodingGraphs() if cuda_graphs and config.landmarks_as_in_the_paper else None
         super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts

@@ -76,6 +76,7 @@ def choose_blocks(
     granularity: str,
     landmarks_tie: bool,
     biases: Tensor | None = None,
+    num_sink_blocks: int = 0,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
@@ -90,6 +91,7 @@ def choose_blocks(
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
+        num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
     """
     k = rotated.shape[-2] - 1
     landmarks = landmarks.to(rotated.dtype)
@@ -110,7 +112,14 @@ def choose_blocks(
         shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
         parts.append(
             _choose(
-                rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part], granularity, landmarks_tie, small
+                rotated[:, :, :, part],
+                *shown,
+                candidates[:, part],
+                valid[:, part],
+                granularity,
+                landmarks_tie,
+                small,
+                num_sink_blocks,
             )
         )
         first = part.stop
@@ -127,6 +136,7 @@ def _choose(
     granularity: str,
     tie: bool,
     small: bool,
+    sinks: int,
 ) -> Tensor:
     """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SOFTMAX_SCORE`, either way."""
     k = rotated.shape[-2] - 1
@@ -135,6 +145,9 @@ def _choose(
         scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
     else:
         scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
+    if sinks:  # they have no part in the comparison
+        block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
+        scores.masked_fill_(block < sinks, -torch.inf)
     if granularity != "token_and_head":
         if small:
             # softmax ranks as log-softmax does, in fewer passes; masked entries are 0
@@ -153,9 +166,20 @@ def _choose(
         if granularity == "head" and not valid.all():
             scores.masked_fill_(~valid[:, None, None, ..., None], nothing)
         scores = scores.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
-        scores.masked_fill_((scores == nothing) | (n == 0), -torch.inf)
-    value, column = top_latest(scores, k)
-    return (column + block_of_first).masked_fill(value == -torch.inf, -1).sort(-1).values
+        scores.masked_fill_((scores == nothing) | (n <= sinks), -torch.inf)
+    value, column = top_latest(scores, k - sinks)
+    block = (column + block_of_first).masked_fill(value == -torch.inf, -1)
+    return (with_sinks(block, sinks, n) if sinks else block).sort(-1).values
+
+
+def with_sinks(block: Tensor, sinks: int, candidates: Tensor) -> Tensor:
+    """Puts the first `sinks` candidates before the blocks (..., k - sinks) that were chosen among the others; -1 for
+    one that is no candidate.
+
+    candidates: broadcastable to (..., 1): how many there are.
+    """
+    sink = torch.arange(sinks, device=block.device)
+    return torch.cat([torch.where(sink < candidates, sink, -1).expand(*block.shape[:-1], sinks), block], dim=-1)
 
 
 def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidates: Tensor) -> tuple[Tensor, int]:

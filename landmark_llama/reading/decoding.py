@@ -22,7 +22,7 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.choice import choose_blocks, top_latest
+from landmark_llama.reading.choice import choose_blocks, top_latest, with_sinks
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.documents import find_documents
@@ -140,9 +140,11 @@ class DecodingStep:
         block = table.clamp_min(0)
         key, value = storage.gather(block)  # (batch, kv_heads, group, columns, blocks, block_size, head_dim)
         scores = (key.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1)
-        if scoring is not None:
+        if self.settings.exact_weights:
+            scores[..., -1] = scores[..., :-1].logsumexp(-1)
+        elif scoring is not None:
             scores[..., -1] = torch.linalg.vecdot(scoring, key[..., -1, :].to(scoring.dtype))
-        if self.pooled:
+        if self.pooled and not self.settings.exact_weights:
             scores[..., -1] += storage.gather_biases(block)
         weights, shares = self._weights(scores, table < 0)
         if self.candidates is not None and (found := recorder()) is not None:
@@ -162,11 +164,12 @@ class DecodingStep:
         query: (batch, kv_heads, group, columns, distances, head_dim), rotated and scaled: what scores landmarks.
         """
         candidates, k, columns = self.candidates, self.settings.num_retrieved_blocks, query.shape[3]
+        sinks = self.settings.num_sink_blocks
         landmarks, query = storage.landmarks(candidates.most), query[..., : k + 1, :]
         biases = storage.biases(candidates.most) if self.pooled else None
         if self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1:
             shared = {"granularity": self.settings.granularity, "landmarks_tie": landmarks_tie, "biases": biases}
-            query, valid = query.unsqueeze(3), self.valid.unsqueeze(1)
+            query, valid, shared["num_sink_blocks"] = query.unsqueeze(3), self.valid.unsqueeze(1), sinks
             return choose_blocks(query, landmarks, candidates.number, valid, **shared).block.squeeze(3)
         # each query chooses its own: older candidates by their score one block before the last k, those where they are
         if landmarks_tie:
@@ -182,8 +185,13 @@ class DecodingStep:
             far = far + biases[:, :, None, None, : block.shape[-1] - k]
             near = near + biases[candidates.row, :, candidates.recent].transpose(1, 2)[:, :, None, None]
         scores = torch.cat([far.expand(*far.shape[:-1], block.shape[-1] - k), near], dim=-1)
-        column = top_latest(scores.masked_fill(none, -torch.inf), k)[1]
-        return block.expand_as(scores).gather(-1, column).sort(-1).values
+        if sinks:
+            none = none | (block < sinks)
+        column = top_latest(scores.masked_fill(none, -torch.inf), k - sinks)[1]
+        chosen = block.masked_fill(none, -1).expand_as(scores).gather(-1, column)
+        if sinks:
+            chosen = with_sinks(chosen, sinks, candidates.number.view(-1, 1, 1, 1, 1))
+        return chosen.sort(-1).values
 
     def _weights(self, scores: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the positions of a table of blocks, the own one last, 0 for landmarks; and of the blocks.

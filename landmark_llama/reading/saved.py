@@ -148,8 +148,9 @@ def check_model(folder: Path, manifest: Manifest, reader: nn.Module) -> None:
     if found:
         raise ValueError(f"{folder}: was read by another model: {'; '.join(found)}")
     settings = reader.config.retrieval()._asdict()
-    if settings not in manifest.read_with:
-        known = manifest.read_with[0] if manifest.read_with else {}
+    read_with = [RetrievalSettings(**given)._asdict() for given in manifest.read_with]
+    if settings not in read_with:
+        known = read_with[0] if read_with else {}
         found = [f"{name}={known.get(name)!r}, not {value!r}" for name, value in settings.items()]
         found = [text for text, name in zip(found, settings, strict=True) if known.get(name) != settings[name]]
         raise ValueError(

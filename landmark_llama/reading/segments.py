@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from landmark_llama.attention.blockwise import attend_sequence
+from landmark_llama.attention.exact import attend_exactly
 from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
@@ -39,7 +40,7 @@ class Segment:
     candidates: (batch,): blocks before it.
     most_candidates: the largest number of candidates in the batch.
     stop: the largest landmarked position after the call's columns.
-    num_retrieved_blocks: how many of them each query retrieves at most.
+    settings: how many of them each query retrieves at most, and what they weigh.
     pooled: whether landmark keys are pooled of their blocks' keys.
     """
 
@@ -48,15 +49,15 @@ class Segment:
     candidates: Tensor
     most_candidates: int
     stop: int
-    num_retrieved_blocks: int
+    settings: RetrievalSettings
     pooled: bool = False
 
     @classmethod
-    def of(cls, layout: Layout, cache: LandmarkCache, num_retrieved_blocks: int, pooled: bool = False) -> Segment:
+    def of(cls, layout: Layout, cache: LandmarkCache, settings: RetrievalSettings, pooled: bool = False) -> Segment:
         device, candidates = layout.source.device, layout.start // cache.block_size
         stop = int(layout.start.max()) + layout.source.shape[1]
         most = int(candidates.max())
-        return cls(cache, layout.start.to(device), candidates.to(device), most, stop, num_retrieved_blocks, pooled)
+        return cls(cache, layout.start.to(device), candidates.to(device), most, stop, settings, pooled)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Segment:
         """The same segment on `device` (the signature that accelerate's device hooks call)."""
@@ -99,8 +100,12 @@ class Segment:
             bias = None
             if self.pooled:
                 rotated_key, bias = pool_rows(rotated_key, rotated, block_size, scale)
-            output, lse = attend_sequence(rotated, rotated_key, value.transpose(1, 2), block_size, scale, scoring, bias)
-            if self.num_retrieved_blocks and self.most_candidates:
+            own = rotated, rotated_key, value.transpose(1, 2)
+            if self.settings.exact_weights:
+                output, lse = attend_exactly(*own, block_size, scale)
+            else:
+                output, lse = attend_sequence(*own, block_size, scale, scoring, bias)
+            if self.settings.num_retrieved_blocks and self.most_candidates:
                 grouped, scoring = (
                     None if x is None else x.transpose(1, 2).unflatten(1, (key.shape[2], -1))
                     for x in (query, landmark_query)
@@ -135,13 +140,14 @@ class Segment:
             scoring = query if landmark_query is None else landmark_query
             grouped, group_position = (scoring * scale).unsqueeze(3), position.expand(len(query), 1, -1)
             choice = choose_blocks(
-                rotate_to_distances(grouped, group_position, self.num_retrieved_blocks, block_size, rotary),
+                rotate_to_distances(grouped, group_position, self.settings.num_retrieved_blocks, block_size, rotary),
                 storage.landmarks(self.most_candidates),
                 self.candidates.unsqueeze(1),
                 torch.ones_like(group_position, dtype=torch.bool),
                 granularity="token_and_head",
                 landmarks_tie=landmarks_tie,
                 biases=storage.biases(self.most_candidates),
+                num_sink_blocks=self.settings.num_sink_blocks,
             )
             block, distance = choice.block.squeeze(3), choice.distance().squeeze(3) * block_size
             earlier = torch.arange(self.most_candidates, device=query.device).expand(len(query), 1, -1)
@@ -154,7 +160,8 @@ class Segment:
             )
             query, scoring = (None if x is None else rotary.rotate(x, distance) for x in (query, scoring))
             landmarks = scoring, storage.gather_biases(earlier)
-            return attend_chosen(query, *storage.gather(earlier), block, (output, lse), *landmarks)
+            exact = self.settings.exact_weights
+            return attend_chosen(query, *storage.gather(earlier), block, (output, lse), *landmarks, exact)
 
         return _recomputed(attend, query, landmark_query, *window)
 
@@ -212,6 +219,7 @@ def attend_chosen(
     window: tuple[Tensor, Tensor],
     landmark_query: Tensor | None = None,
     landmark_bias: Tensor | None = None,
+    exact_weights: bool = False,
 ) -> Tensor:
     """Adds retrieved blocks to the attention over a window; differentiable in all tensors of real numbers.
 
@@ -223,6 +231,7 @@ def attend_chosen(
             queries over what they read directly.
         landmark_query: the shape of `query`: what scores landmarks in its place.
         landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks.
+        exact_weights: blocks weigh what their tokens do, whatever their landmarks score.
 
     Returns:
         (batch, kv_heads, ..., head_dim): attention over the window and the chosen blocks together, in the dtype of the
@@ -234,11 +243,11 @@ def attend_chosen(
     # (tiles, block_size, TILE_PAIRS): a softmax over what is not the last dimension is the faster one
     scores = key.flatten(0, 2).index_select(0, tiles.block) @ tiles.gather(query).transpose(-1, -2)
     inside = scores[:, :-1].softmax(1)
-    landmark = scores[:, -1]  # (tiles, TILE_PAIRS)
-    if landmark_query is not None:
+    landmark = scores[:, :-1].logsumexp(1) if exact_weights else scores[:, -1]  # (tiles, TILE_PAIRS)
+    if landmark_query is not None and not exact_weights:
         landmark_key = key[..., -1, :].flatten(0, 2).index_select(0, tiles.block).unsqueeze(1)
         landmark = torch.linalg.vecdot(tiles.gather(landmark_query.to(output.dtype)), landmark_key)
-    if landmark_bias is not None:
+    if landmark_bias is not None and not exact_weights:
         landmark = landmark + landmark_bias.to(output.dtype).flatten()[tiles.block].unsqueeze(-1)
     landmark = tiles.scatter(landmark.flatten(), block.shape).masked_fill(block < 0, -torch.inf)
     # the window is one more block: its logsumexp stands for a landmark, its output for what the block holds

@@ -74,12 +74,14 @@ class Table:
             self.groups,
             num_retrieved_blocks=self.settings.num_retrieved_blocks,
             granularity=self.settings.granularity,
+            num_sink_blocks=self.settings.num_sink_blocks,
+            exact_weights=self.settings.exact_weights,
             rotary=rotary,
             scale=scale,
             landmarks_tie=layer_idx == 0 and not self.pooled,
             kernels=self.kernels,
             landmark_query=None if landmark_query is None else landmark_query.unflatten(2, by_kv_head),
-            report=report_of_chunk(layer_idx, self.groups, self.storages[layer_idx]),
+            report=report_of_chunk(layer_idx, self.groups, self.storages[layer_idx], self.settings.exact_weights),
         ).flatten(2, 3)
 
     def fill_cache_only(
@@ -113,6 +115,8 @@ def attend_through_table(
     rotary: RotaryTable,
     scale: float,
     landmarks_tie: bool,
+    num_sink_blocks: int = 0,
+    exact_weights: bool = False,
     kernels: bool = True,
     landmark_query: Tensor | None = None,
     report: Report | None = None,
@@ -122,7 +126,8 @@ def attend_through_table(
     Args:
         query: (batch, columns, kv_heads, group, head_dim), not rotated.
         rotary: holds every position that a window can ask for.
-        landmarks_tie: as in `choose_blocks`.
+        landmarks_tie, num_sink_blocks: as in `choose_blocks`.
+        exact_weights: blocks weigh what their tokens do, whatever their landmarks score.
         kernels: use the GPU kernels where they can run. False: PyTorch.
         landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
         report: is told what was chosen, by PyTorch.
@@ -131,7 +136,8 @@ def attend_through_table(
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels and report is None and kernels_take(storage, query.dtype, rotary, landmark_query)
+    kernels = kernels and report is None and not (num_sink_blocks or exact_weights)
+    kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
     grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
@@ -142,16 +148,17 @@ def attend_through_table(
         if grouped is None:
             choice = _choose_with_kernels(query, storage, groups, **shared, **settings)
         else:
+            shared["num_sink_blocks"] = num_sink_blocks
             rotated, rotated_scoring, choice = _choose_in_pytorch(
                 grouped, scoring, storage, groups, **shared, **settings
             )
     if kernels:
         return _attend_with_kernels(query, storage, groups, choice, **settings)
-    output, lse = _attend_direct(grouped, scoring, storage, groups, **settings)
+    output, lse = _attend_direct(grouped, scoring, storage, groups, exact_weights=exact_weights, **settings)
     if report is not None:
-        report(choice, rotated if rotated_scoring is None else rotated_scoring, lse)
+        report(choice, rotated if rotated_scoring is None or exact_weights else rotated_scoring, lse)
     if choice is not None:
-        output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage)
+        output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage, exact_weights)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
 
 
@@ -164,6 +171,7 @@ def _choose_in_pytorch(
     k: int,
     granularity: str,
     landmarks_tie: bool,
+    num_sink_blocks: int,
     block_size: int,
     rotary: RotaryTable,
     scale: float,
@@ -185,6 +193,7 @@ def _choose_in_pytorch(
         granularity=granularity,
         landmarks_tie=landmarks_tie,
         biases=storage.biases(groups.candidates),
+        num_sink_blocks=num_sink_blocks,
     )
     return rotated, rotated_scoring, choice
 
@@ -236,6 +245,7 @@ def _attend_direct(
     block_size: int,
     rotary: RotaryTable,
     scale: float,
+    exact_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of `query` (batch, kv_heads, group, groups, queries, head_dim) over the tiles' windows.
 
@@ -258,7 +268,8 @@ def _attend_direct(
         x.unsqueeze(1).repeat(1, 1, 1, query.shape[2]) for x in (groups.window_position, groups.window_first)
     )
     biases = storage.gather_biases(block.unsqueeze(1))
-    output, lse = attend_window(rotated, key, value.flatten(-3, -2), place, first, block_size, scale, scoring, biases)
+    landmarks = scoring, biases, exact_weights
+    output, lse = attend_window(rotated, key, value.flatten(-3, -2), place, first, block_size, scale, *landmarks)
     output = output.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     lse = lse.unflatten(3, (query.shape[2], -1)).transpose(2, 3)
     return output.reshape(query.shape), lse.reshape(query.shape[:-1])
@@ -271,6 +282,7 @@ def _add_retrieved(
     rotated_scoring: Tensor | None,
     choice: Choice,
     storage: BlockStorage,
+    exact_weights: bool,
 ) -> Tensor:
     """Adds the chosen blocks to `output` (batch, kv_heads, group, groups, queries, head_dim) over the direct ones."""
     # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
@@ -290,4 +302,5 @@ def _add_retrieved(
         (output.unflatten(4, shape), lse.unflatten(4, shape)),
         scoring,
         storage.gather_biases(block),
+        exact_weights,
     ).flatten(4, 5)

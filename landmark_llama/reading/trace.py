@@ -102,15 +102,20 @@ def record_retrieved(model: nn.Module) -> Iterator[list[RetrievedStep]]:
 Report = Callable[[Choice | None, Tensor | None, Tensor], None]
 
 
-def report_of_chunk(layer: int, groups: QueryGroups, storage: BlockStorage) -> Report | None:
-    """What is told the choice of a chunk's queries in a layer, if anybody records."""
+def report_of_chunk(
+    layer: int, groups: QueryGroups, storage: BlockStorage, exact_weights: bool = False
+) -> Report | None:
+    """What is told the choice of a chunk's queries in a layer, if anybody records.
+
+    exact_weights: blocks weigh what their tokens do.
+    """
     found = _recorder.get()
     if found is None:
         return None
 
     def report(choice: Choice | None, scoring: Tensor | None, lse: Tensor) -> None:
-        """scoring (batch, kv_heads, group, groups, queries, k + 1, head_dim), rotated and scaled; lse of direct blocks
-        (batch, kv_heads, group, groups, queries).
+        """The queries that weigh the blocks (batch, kv_heads, group, groups, queries, k + 1, head_dim), rotated and
+        scaled, and the logsumexp over their direct blocks (batch, kv_heads, group, groups, queries).
         """
         if choice is None:
             return
@@ -126,8 +131,10 @@ def report_of_chunk(layer: int, groups: QueryGroups, storage: BlockStorage) -> R
         one = Choice(*(x.expand(shape).flatten(3, 4)[row, :, :, query] for x in choice))  # (batch, kv_heads, group, k)
         rotated = one.at_their_distances(scoring.flatten(3, 4)[row, :, :, query])
         block = one.block.clamp_min(0)
-        score = torch.linalg.vecdot(upcast(rotated), upcast(storage.gather(block)[0][..., -1, :]))
-        bias = storage.gather_biases(block)
+        key = upcast(storage.gather(block)[0])  # (batch, kv_heads, group, k, block_size, head_dim)
+        score = torch.einsum("...nd,...d->...n", key, upcast(rotated))
+        bias = None if exact_weights else storage.gather_biases(block)
+        score = score[..., :-1].logsumexp(-1) if exact_weights else score[..., -1]
         score = (score if bias is None else score + bias).masked_fill(one.block < 0, -torch.inf)
         direct = lse.flatten(3, 4)[row, :, :, query].unsqueeze(-1)
         total = torch.logaddexp(direct, score.logsumexp(-1, keepdim=True))
