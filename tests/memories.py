@@ -41,7 +41,7 @@ def start_reading(model: Path, text: Path, memory: Path, die_at: str | None = No
 
 
 def die_before(step: str) -> None:
-    """Lets this process kill itself when it writes the memory's second state.
+    """Lets this process kill itself when it writes the memory's second state, or the first that has a tail.
 
     step: `append` (half of the blocks written), or the file that is about to take its place: `tail`, `memory.json`.
     """
@@ -51,7 +51,7 @@ def die_before(step: str) -> None:
 
     def die() -> None:
         seen.append(step)
-        if len(seen) == 2:
+        if len(seen) == (1 if step == "tail" else 2):
             os.kill(os.getpid(), signal.SIGKILL)
 
     replace, as_bytes = os.replace, growing._bytes

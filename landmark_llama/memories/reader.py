@@ -131,10 +131,13 @@ class _Growing:
         self.reader(ids, past_key_values=self.cache, logits_to_keep=nothing)
         self._unsaved.append(tokens)
         for piece in pieces:
+            if not piece.entry["tokens"]:
+                piece.entry["first"] = self.tokens
+                self.sources.append(piece.entry)
+            self.tokens += len(piece.tokens)
             piece.entry["tokens"] += len(piece.tokens)
             if piece.last:
                 piece.entry["sha256"] = piece.digest
-        self.tokens += len(tokens)
 
     def save(self) -> Manifest:
         """Brings all that was read to the disk."""
@@ -198,37 +201,30 @@ def _pieces_left(
     entries: list[dict[str, Any]],
     progress: Progress,
 ) -> Iterator[Piece]:
-    """What is to be read of `sources`. Texts that begin are added to `entries`; those of `state` are checked."""
-    held = {entry["name"]: entry for entry in entries}
-    begun = next((entry["name"] for entry in entries if entry["sha256"] is None), None)
+    """What is to be read of `sources`. The texts that the memory holds, `entries`, are checked."""
+    digests = {entry["name"]: entry["sha256"] for entry in entries}
+    begun, empty = next((entry for entry in entries if entry["sha256"] is None), None), not entries
     for i, name in enumerate(sources.files):
-        entry, source = held.get(name), sources[i]
-        if entry is not None and entry["sha256"] == source.digest:
+        source = sources[i]
+        digest, known, total = source.digest, digests.get(name), max(source.characters, 1)
+        if known == digest:
             progress.skip(sources.size(i))
             continue
-        if entry is not None and entry["sha256"] is not None and name != STDIN:
+        if known is not None and name != STDIN:
             raise ValueError(f"{name}: has changed since {folder} read it: read it into a new memory")
-        if begun is not None and name != begun:
-            raise ValueError(f"{folder}: {begun} was not read to its end: give it first, then {name}")
+        if begun is not None and name != begun["name"]:
+            raise ValueError(f"{folder}: {begun['name']} was not read to its end: give it first, then {name}")
         if begun is None:
-            done = 0
             entry = {"name": name, "first": 0, "tokens": 0, "characters": source.characters, "sha256": None}
+            pieces = _tokens_of(source, tokenizer, first=empty)
         else:
-            done, begun = entry["tokens"], None
-        pieces = _tokens_of(source, tokenizer, first=not entries or entry is entries[0])
-        if done:
+            entry, begun = begun, None
             read = state.read(folder, "tokens")[entry["first"] :]
-            pieces = _skip(
-                pieces, read, f"{name}: is not the text that {folder} began to read: read it into a new memory"
-            )
-        ahead, digest, total = next(pieces, None), source.digest, max(source.characters, 1)
-        if not done and ahead is not None:
-            entry["first"] = entries[-1]["first"] + entries[-1]["tokens"] if entries else 0
-            entries.append(entry)
-            held[name] = entry
-        elif done:
-            rest = 0 if ahead is None else 1 - ahead[2] / total
-            progress.skip(round(sources.size(i) * (1 - rest)))
+            problem = f"{name}: is not the text that {folder} began to read: read it into a new memory"
+            pieces = _skip(_tokens_of(source, tokenizer, first=not entry["first"]), read, problem)
+        ahead = next(pieces, None)
+        progress.skip(round(sources.size(i) * (1 if ahead is None else ahead[2] / total)))
+        digests[name], empty = digest, empty and ahead is None
         while ahead is not None:
             tokens, characters, _ = ahead
             ahead = next(pieces, None)
