@@ -1,4 +1,4 @@
-"""`python -m landmark_llama.read`: texts of every kind, whole and with their places; killed at any moment, nothing is lost."""
+"""`python -m landmark_llama.read`: texts of every kind, whole and with their places; killed at any moment."""
 
 import io
 import json

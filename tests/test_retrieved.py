@@ -1,4 +1,4 @@
-"""What was retrieved: the blocks and weights that are recorded are those that attention used, and nobody pays unasked."""
+"""What was retrieved: blocks and weights that are recorded are those that attention used, and nobody pays unasked."""
 
 import pytest
 import torch

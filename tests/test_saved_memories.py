@@ -1,4 +1,4 @@
-"""Saved memories: what was read is there again, for the model that read it, and for nobody else; nothing is ever lost."""
+"""Saved memories: what was read is there again, for the model that read it and for no other; nothing is ever lost."""
 
 import copy
 import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import torch
 from torch import Tensor
@@ -39,11 +40,13 @@ def heat_map(weights: Tensor, tokens: list[str]) -> bytes:
     lower.set(xlabel="token of the answer", ylabel="place (%)", title="Where each token of the answer was read")
     if steps <= 40:
         # "$" would begin a formula
-        labels = [text.strip().replace("$", r"\$") or "␣" for text in tokens[:steps]]
+        labels = ["".join(filter(str.isprintable, text)).strip().replace("$", r"\$") or "·" for text in tokens[:steps]]
         lower.set_xticks(range(len(labels)), labels, rotation=60, fontsize=8)
     figure.colorbar(image, ax=[upper, lower], label="share of attention, square root", shrink=0.7)
     written = io.BytesIO()
-    figure.savefig(written, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # is drawn as a box
+        figure.savefig(written, format="png")
     return written.getvalue()
 
 
