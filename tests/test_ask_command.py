@@ -71,7 +71,7 @@ def test_a_question_leaves_no_trace_and_costs_no_text(opened: Memory, monkeypatc
     first, _, again = (opened.ask(x, max_new_tokens=5) for x in ("Who was it?", "Why did she?", "Who was it?"))
     assert first.ids == again.ids and files(opened.folder) == before
     question = len(opened.prompt("Why did she?"))
-    assert max(lengths) <= question and len(lengths) == 15
+    assert max(lengths) <= question and sum(lengths) <= 3 * (question + 5)
 
 
 def test_questions_go_into_the_chat_template_where_there_is_one(opened: Memory) -> None:
@@ -101,7 +101,7 @@ def test_a_file_of_questions_gives_a_line_of_json_each(
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["question"] for row in rows] == ["Who?", "Why?"]
     for row in rows:
-        assert row["tokens"] == 6 and row["seconds"] > 0 and len(row["passages"]) == 2
+        assert 1 <= row["tokens"] <= 6 and row["seconds"] > 0 and len(row["passages"]) == 2
         for found in row["passages"]:
             # blocks may begin and end inside a character of several bytes
             whole = found["text"].strip("\N{REPLACEMENT CHARACTER}")
@@ -182,7 +182,7 @@ def test_in_a_browser_a_token_shows_its_passages_when_the_mouse_is_over_it(opene
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
-    answer = opened.ask("Who?", show=True, max_new_tokens=6)
+    answer = opened.ask("Who?", show=True, min_new_tokens=6, max_new_tokens=6)
     events = """<script>
       const spans = document.querySelectorAll("#answer span"), seen = [];
       const look = () => [...document.querySelectorAll("#passages li")].map(x => x.querySelector("b").textContent);
