@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_models import byte_tokenizer, save_dense, save_landmark, some_text
-from checkpoints import refusal
+from checkpoints import flip_bit, refusal
 from memories import files, start_reading
 from transformers import AutoTokenizer
 
@@ -231,6 +231,10 @@ def test_mistakes_end_in_one_sentence(model: Path, tmp_path: Path) -> None:
         assert "another process is writing" in refusal(main, model, other, *flags)
     novel.write_text(some_text(2, 200), "utf-8")
     assert "novel.txt: has changed since" in refusal(main, model, novel, *flags)
+    tokens = memory / "tokens.safetensors"
+    flip_bit(tokens, -1)
+    assert "tokens.safetensors: was changed after" in refusal(main, model, other, *flags, "--verify")
+    flip_bit(tokens, -1)
     blocks = memory / "blocks.safetensors"
     blocks.write_bytes(blocks.read_bytes()[:-5])
     assert "blocks.safetensors: holds" in refusal(main, model, other, *flags)

@@ -57,7 +57,6 @@ class GrowingFile:
         """
         content = _bytes(added.to(self.dtype))
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-            file.truncate(self._end(rows))
             file.seek(self._end(rows))
             file.write(content)
         return Rows(rows.count + len(added), zlib.crc32(content, rows.checksum))
