@@ -70,8 +70,8 @@ def first_layer_that_chooses(model: Any) -> int:
 
 
 def text_blocks(memory: Memory) -> int:
-    """Blocks with tokens of the text, the last one perhaps begun."""
-    return -(-max(memory.manifest.ordinary) // (memory.manifest.shape.block_size - 1))
+    """Blocks of the text, at least one; without the last if the question goes on in it."""
+    return max(1, max(memory.manifest.ordinary) // (memory.manifest.shape.block_size - 1))
 
 
 def heaviest(memory: Memory, steps: Sequence[RetrievedStep], number: int = 5) -> list[Passage]:
@@ -97,12 +97,24 @@ def passage(memory: Memory, block: int, weight: float = 0.0) -> Passage:
         return Passage(block, weight, "", "", "", None, 0, -1, first, last)
     _, character, line = tokens[first].tolist()
     parts = tokens[max(0, first - AROUND) : first], tokens[first : last + 1], tokens[last + 1 : last + 1 + AROUND]
-    before, text, after = (decode(memory.tokenizer, part[:, 0].tolist()) for part in parts)
+    before, text, after = _decode_side_by_side(memory.tokenizer, [part[:, 0].tolist() for part in parts])
     return Passage(block, weight, before, text, after, _source(memory, first), line, character, first, last)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _decode_side_by_side(tokenizer: PreTrainedTokenizerBase, parts: list[list[int]]) -> list[str]:
+    """The texts of parts that follow each other: many tokenizers drop a space in front of what they decode."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    texts, ids, done = [], [], ""
+    for part in parts:
+        ids = ids + part
+        whole = decode(ids)
+        # a part may end inside a character
+        texts.append(whole[len(done) :] if whole.startswith(done) else decode(part))
+        done = whole
+    return texts
 
 
 def _source(memory: Memory, token: int) -> str | None:

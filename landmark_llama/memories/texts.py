@@ -117,7 +117,8 @@ def tokenise(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         # an empty line stands between documents
         text = part.text if number + 1 == len(source.parts) else part.text.rstrip("\n") + "\n\n"
         for piece in _pieces(text):
-            ids, places = _encode(piece, tokenizer, anchored=first > 0)
+            follows = first > 0 or number > 0 or source.heading.endswith(ANCHOR)
+            ids, places = _encode(piece, tokenizer, anchored=follows)
             lines = [line] * len(ids) if source.rows else _lines(piece, places, line)
             yield _rows(ids, [first + x if x >= 0 else -1 for x in places], lines), len(piece)
             first += len(piece)
