@@ -93,7 +93,7 @@ class PeakMemory:
         if self._device:
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            _forget_process_peak()
+            _forgetprocess_peak()
         self._before = self._peak()
 
     def mib(self) -> float:
@@ -101,10 +101,10 @@ class PeakMemory:
         return (self._peak() - self._before) / 2**20
 
     def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) if self._device else _process_peak()
+        return torch.cuda.max_memory_allocated(self._device) if self._device else process_peak()
 
 
-def _process_peak() -> int:
+def process_peak() -> int:
     """Peak memory of this process in bytes.
 
     Uses Linux's VmHWM if there is one: `ru_maxrss` would start at the size of the process that launched this one.
@@ -117,7 +117,7 @@ def _process_peak() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _forget_process_peak() -> None:
+def _forgetprocess_peak() -> None:
     """Resets the peak to the present size. If the system cannot, a peak lower than an earlier one goes unnoticed."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

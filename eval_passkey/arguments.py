@@ -1,12 +1,17 @@
 """What the command measures, and how: its flags, checked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from eval_passkey.models import Subject
 from eval_passkey.prompts import InputError
 from eval_passkey.tasks import TaskName
+from landmark_llama.reading.storage import BlockStorage
+from landmark_llama.reading.tiered_storage import storage_named
+from landmark_llama.reading.tiers import TierError
 
 
 @dataclass(kw_only=True)
@@ -28,6 +33,24 @@ class ReadingArguments:
     kernels: bool = field(
         default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
     )
+    cache: str = field(
+        default="device",
+        metadata={"help": "Landmark model: where what it has read is kept: device, host, or file:FOLDER."},
+    )
+
+    def storage(self, subject: Subject) -> Callable[[int], BlockStorage] | None:
+        """The storage that `cache` names, for a LandmarkCache of the model to be measured; None for the default.
+
+        InputError if there is no such storage, or no such cache.
+        """
+        if self.cache == "device":
+            return None
+        if not subject.is_landmark:
+            raise InputError(f"--cache {self.cache}: needs a landmark model, and {subject.name} is none")
+        try:
+            return storage_named(self.cache)
+        except (ValueError, TierError) as error:
+            raise InputError(f"--cache {self.cache}: {error}") from error
 
 
 @dataclass

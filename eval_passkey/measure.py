@@ -11,6 +11,8 @@ import landmark_llama
 from eval_passkey.prompts import Prompt, Task, drawn_length
 from eval_passkey.tasks import make_task
 
+CALL_BLOCKS = 4096
+
 
 def accuracy(
     model: PreTrainedModel, tokenizer, task: str | Task, lengths: Sequence[int], samples: int, seed: int = 0
@@ -46,16 +48,18 @@ def ask(
     prompt_tokens: int | None = None,
     depth: float | None = None,
     period: int | None = None,
+    cache: landmark_llama.LandmarkCache | None = None,
 ) -> dict:
     """Asks one prompt and returns its row of results.
 
     length, prompt_tokens: the named length, and the exact one if it is another.
     period: ordinary tokens of a block. The row's `phase` says how many the prompt leaves in its last block; None if
         there are no blocks.
+    cache: empty, what the model keeps its memory in; None: its own.
     """
     prompt = task.prompt(prompt_tokens or length, seed, depth)
     start = time.perf_counter()
-    answer = generate_answer(model, task.encoder.tokenizer, prompt)
+    answer = generate_answer(model, task.encoder.tokenizer, prompt, cache)
     seconds = time.perf_counter() - start
     verdict = task.judge(answer, prompt)
     return {
@@ -74,9 +78,17 @@ def ask(
 
 
 @torch.no_grad()  # no inference mode: what a model keeps from here must still serve training
-def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
-    """What the model says after a prompt, greedily, whatever its generation configuration prefers."""
+def generate_answer(
+    model: PreTrainedModel, tokenizer, prompt: Prompt, cache: landmark_llama.LandmarkCache | None = None
+) -> str:
+    """What the model says after a prompt, greedily, whatever its generation configuration prefers.
+
+    cache: as for `ask`. It is filled in several calls, because a call holds much beside what is remembered.
+    """
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
+    if cache is not None and model.config.local_attention == "sliding":  # in which calls of whole blocks change nothing
+        for piece in input_ids[:, :-1].split(CALL_BLOCKS * block_tokens(model.config), dim=1):
+            model(piece, past_key_values=cache, logits_to_keep=1)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -85,6 +97,7 @@ def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt) -> str:
         num_beams=1,
         repetition_penalty=1.0,
         use_cache=True,
+        past_key_values=cache,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)

@@ -4,6 +4,7 @@
     python eval_passkey/run.py --model DIR --baseline DENSE_DIR --depths grid --num_depths 5 --output DIR
     python eval_passkey/run.py --model DIR --task passkey passkey:once multi_key:16 variable_tracking:2 --output DIR
     python eval_passkey/run.py --model DIR --task passkey:text --haystack BOOK.txt --output DIR
+    python eval_passkey/run.py --model DIR --lengths 1000000 --cache file:FOLDER --output DIR
     python eval_passkey/run.py --model DIR --num_retrieved_blocks 8 --retrieval_granularity head --output OTHER_DIR
 
 Writes `results.jsonl` (a row a prompt), `summary.json`, `accuracy.png`, `depth.png` and `phase.png` into the output
@@ -31,7 +32,9 @@ from eval_passkey.prompts import Encoder, InputError, Task, drawn_length
 from eval_passkey.report import Measured, phase_table, summarise, summarise_phases, table
 from eval_passkey.results import ResultsFolder
 from eval_passkey.tasks import TaskName, make_task
+from landmark_llama import LandmarkCache
 from landmark_llama.configuration import RETRIEVAL_SETTINGS
+from landmark_llama.reading.tiers import TierError
 
 PROTOCOL = 2  # raised whenever the same settings come to other prompts or another judgement
 
@@ -51,6 +54,7 @@ class PasskeyRun:
         self.lengths = [length for length in args.lengths if longest is None or length <= longest]
         self.tasks = make_tasks(args, subject)
         self._refuse_short_lengths()
+        self.storage = args.storage(subject) if role == "model" else None
         self.skipped: list[dict] = []
         settings = {
             "protocol": PROTOCOL,
@@ -115,7 +119,8 @@ class PasskeyRun:
     def _ask(self, model: PreTrainedModel, task: Task, length: int, sample: int) -> None:
         seed, tokens, depth = self.args.seed + sample, self._tokens(length, sample), self.args.depth(sample)
         try:
-            row = ask(model, task, length, seed, prompt_tokens=tokens, depth=depth, period=self.period)
+            cache = self._new_cache()
+            row = ask(model, task, length, seed, prompt_tokens=tokens, depth=depth, period=self.period, cache=cache)
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             # a baseline may also run past its positions; of the model, nothing but a lack of memory is put aside
             if self.role == "model" and not is_out_of_memory(error):
@@ -123,6 +128,9 @@ class PasskeyRun:
             self._skip(length, error)
         else:
             self.results.append(row)
+
+    def _new_cache(self) -> LandmarkCache | None:
+        return LandmarkCache(self.subject.config, storage=self.storage) if self.storage else None
 
     def _skip(self, length: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -213,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except InputError as error:
+    except (InputError, TierError) as error:
         sys.exit(f"eval_passkey: {error}")
     except KeyboardInterrupt:
         sys.exit("eval_passkey: interrupted; the same command goes on from here")

@@ -9,6 +9,7 @@ yarn            dense, transformers' YaRN
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from eval_passkey.models import Subject, load_model
 from eval_passkey.prompts import InputError
 from landmark_llama import LandmarkCache
+from landmark_llama.reading.storage import BlockStorage, DeviceStorage
 
 DENSE_METHODS = ("dense", "window", "interpolation", "ntk", "yarn")
 SCALED = ("interpolation", "ntk", "yarn")
@@ -98,9 +100,18 @@ class Scorer:
     scorer.nll(input_ids, scored) is the loss, in nats, of the last `scored` tokens together.
     """
 
-    def __init__(self, option: str, subject: Subject, method: Method, dtype: str, device: str):
+    def __init__(
+        self,
+        option: str,
+        subject: Subject,
+        method: Method,
+        dtype: str,
+        device: str,
+        storage: Callable[[int], BlockStorage] | None = None,
+    ):
+        """storage: what a landmark model keeps long windows in; None: the device."""
         method.check(option, subject)
-        self.option, self.subject, self.method = option, subject, method
+        self.option, self.subject, self.method, self.storage = option, subject, method, storage
         self.dtype, self.device = dtype, device
         self._factor: float | None = None
         self._model: PreTrainedModel | None = None
@@ -111,7 +122,10 @@ class Scorer:
         model = self.prepare(input_ids.shape[1] - 1)
         input_ids = input_ids.to(model.device)
         if self.method.name == "landmark":
-            cache = LandmarkCache(self.subject.config) if self.method.always_stream else None
+            config, length, cache = self.subject.config, input_ids.shape[1] - 1, None
+            longer = length + length // (config.block_size - 1) > config.train_context_length
+            if self.method.always_stream or self.storage is not None and longer:
+                cache = LandmarkCache(config, storage=self.storage or DeviceStorage)
             return nll_of_landmark_model(model, input_ids, scored, cache)
         return nll_of_dense_model(model, input_ids, scored, self.method.window)
 

@@ -34,6 +34,7 @@ from eval_perplexity.documents import Document, Protocol, Window, beginning_of_t
 from eval_perplexity.methods import DENSE_METHODS, SCALED, Method, Scorer
 from eval_perplexity.report import Measured, compare_lengths, compare_methods, plot_perplexity, summarise, table
 from landmark_llama.configuration import RETRIEVAL_SETTINGS
+from landmark_llama.reading.tiers import TierError
 
 ROW = ("method", "document", "digest", "length", "end", "tokens", "bytes", "nll", "seconds")
 
@@ -141,7 +142,8 @@ class MethodRun:
         self, args: Arguments, role: Literal["model", "baseline"], subject: Subject, method: Method, label: str
     ):
         self.args, self.role, self.subject, self.label = args, role, subject, label
-        self.scorer = Scorer(f"--{role}", subject, method, args.dtype, args.device)
+        storage = args.storage(subject) if role == "model" else None
+        self.scorer = Scorer(f"--{role}", subject, method, args.dtype, args.device, storage)
         self.skipped: list[dict] = []
         settings = {**method.settings, "dtype": args.dtype, "retrieval": subject.retrieval_settings}
         folder = Path(args.output) if role == "model" else Path(args.output) / "baseline" / method.name
@@ -312,7 +314,7 @@ def _draw(measured: list[Measured], args: Arguments) -> Path:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except InputError as error:
+    except (InputError, TierError) as error:
         sys.exit(f"eval_perplexity: {error}")
     except KeyboardInterrupt:
         sys.exit("eval_perplexity: interrupted; the same command goes on from here")

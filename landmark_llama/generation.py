@@ -8,6 +8,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import MaxLengthCriteria, SuppressTokensLogitsProcessor
 
 from landmark_llama.reading.cache import LandmarkCache
+from landmark_llama.reading.storage import DeviceStorage
+from landmark_llama.reading.tiered_storage import HostStorage
 from landmark_llama.reading.trace import record_retrieved
 
 
@@ -39,7 +41,9 @@ class LandmarkGenerationMixin:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LandmarkCache(self.config)
+            offloaded = generation_config.cache_implementation == "offloaded"
+            storage = HostStorage() if offloaded else DeviceStorage
+            model_kwargs["past_key_values"] = LandmarkCache(self.config, storage=storage)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -105,8 +109,8 @@ class LandmarkGenerationMixin:
 
 
 def _refuse_other_cache(implementation: str | None) -> None:
-    if implementation not in (None, "dynamic"):
+    if implementation not in (None, "dynamic", "offloaded"):
         raise ValueError(
             f"cache_implementation={implementation!r}: a landmark LLaMA generates with its own LandmarkCache; leave it "
-            "unset"
+            "unset, or 'offloaded' to keep its blocks in host memory"
         )

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading import choice as retrieval
+from landmark_llama.reading import highest, repeated
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances, top_latest
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 BLOCK, HEAD_DIM, SCALE = 4, 8, 0.5
 FREQUENCY = 100.0 ** -(torch.arange(HEAD_DIM // 2).double() / (HEAD_DIM // 2))
@@ -94,7 +96,7 @@ def test_selection_equals_brute_force(n: list[int], k: int, granularity: str) ->
 def test_large_scores_are_compared_by_their_logarithms(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case([0, 11, 40])
     small = choose(*case, 3, granularity)
-    monkeypatch.setattr(retrieval, "LARGEST_SOFTMAX_SCORE", 0.0)
+    monkeypatch.setattr(retrieval, "SMALLEST_SOFTMAX_TOTAL", 2.0)
     assert torch.equal(choose(*case, 3, granularity).block, small.block)
     monkeypatch.undo()
     query, landmarks, candidates, position = case
@@ -181,3 +183,96 @@ def test_a_choice_of_many_groups_does_not_depend_on_how_many_are_scored_at_once(
     expected = choose(*case, 2, "head")
     monkeypatch.setattr("landmark_llama.reading.choice.SCORES_AT_ONCE", 1)
     assert torch.equal(choose(*case, 2, "head").block, expected.block)
+
+
+def in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets few candidates count as many."""
+    for module in (retrieval, highest):
+        for name, number in {"TILE": 32, "TILE_QUERIES": 12, "SEGMENT": 4, "MANY_FROM": 40, "TILED_FROM": 1}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, number)
+    monkeypatch.setattr(highest, "FOLDED_FROM", 20)
+
+
+@pytest.mark.parametrize("different", [1, 3, 20, 500], ids="{} different landmarks".format)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_a_choice_among_many_is_that_of_brute_force_ties_included(
+    granularity: str, biased: bool, different: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, landmarks, candidates, position = random_case([100, 101, 163, 230, 231])
+    # numbers whose products are exact, so that equal landmarks tie to the bit whatever the order of a sum
+    query, landmarks = (x.mul(4).round().div(4) for x in (query, landmarks))
+    rotated = query.unsqueeze(-2).expand(*query.shape[:-1], 4, -1) * SCALE
+    landmarks = landmarks[:, :, torch.randint(0, min(different, 231), (231,))]
+    biases = torch.randint(0, 3, landmarks.shape[:3]).double() if biased else None
+    valid = torch.rand(position.shape) > 0.2
+    settings = {"granularity": granularity, "landmarks_tie": False, "biases": biases}
+    expected = choose_blocks(rotated, landmarks, candidates, valid, **settings)
+    in_two_levels(monkeypatch)
+    asked, many = [], retrieval.highest_of_many
+    monkeypatch.setattr(retrieval, "highest_of_many", lambda *args, **kw: asked.append(args) or many(*args, **kw))
+    choice = choose_blocks(rotated, landmarks, candidates, valid, **settings)
+    assert asked
+    keep = valid[:, None, None] if granularity == "token_and_head" else valid.any(-1, keepdim=True)[:, None, None]
+    assert torch.equal(
+        choice.block[keep.expand(choice.block.shape[:-1])], expected.block[keep.expand(choice.block.shape[:-1])]
+    )
+
+
+@pytest.mark.parametrize("different", [4, 9], ids="{} different landmarks".format)
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_a_choice_among_repeated_landmarks_is_that_of_brute_force(
+    granularity: str, different: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeated, "FROM_BLOCKS", 40)
+    found, taken = RepeatedLandmarks(), []
+    among = repeated.highest_of_groups
+    monkeypatch.setattr(retrieval, "highest_of_groups", lambda *args, **kw: taken.append(1) or among(*args, **kw))
+    query, landmarks, _, position = random_case([80] * 3, batch=1)
+    landmarks = landmarks.mul(4).round().div(4)[:, :, :different]
+    query, landmarks = query.mul(4).round().div(4), landmarks[:, :, torch.randint(0, different, (300,))]
+    landmarks[:, 1, 100] = landmarks[:, 1, 99]  # two groups that tie in one head
+    rotated = query.unsqueeze(-2).expand(*query.shape[:-1], 4, -1) * SCALE
+    valid = torch.rand(position.shape) > 0.2
+    settings = {"granularity": granularity, "landmarks_tie": False}
+    for candidates in [80, 81, 95], [95, 95, 97], [160, 290, 300], [50, 60, 70], [300, 299, 300]:
+        candidates = torch.tensor([candidates])
+        shown = landmarks[:, :, : int(candidates.max())]
+        expected = choose_blocks(rotated, shown, candidates, valid, **settings).block
+        block = choose_blocks(rotated, shown, candidates, valid, repeated=found, **settings).block
+        keep = valid[:, None, None] if granularity == "token_and_head" else valid.any(-1, keepdim=True)[:, None, None]
+        keep = keep.expand(block.shape[:-1])
+        assert torch.equal(block[keep], expected[keep])
+    assert len(taken) >= 4 and found.pay
+
+
+def test_landmarks_that_differ_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeated, "FROM_BLOCKS", 40)
+    monkeypatch.setattr(repeated, "HOPELESS_FROM", 50)
+    found, landmarks = RepeatedLandmarks(), torch.randn(1, 2, 100, 8)
+    assert found.groups(landmarks, 3) is None and found.hopeless
+    found = RepeatedLandmarks()
+    assert found.groups(landmarks[:, :, torch.arange(100) % 5], 3).count.tolist() == [20.0] * 5
+    found.forget(99)
+    assert found.groups(landmarks, 3) is None
+
+
+def test_scores_too_large_for_exponentials_are_chosen_from_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, landmarks, candidates, position = random_case([100, 231])
+    expected = choose(query * 500, landmarks, candidates, position, 3, "head")
+    in_two_levels(monkeypatch)
+    assert torch.equal(choose(query * 500, landmarks, candidates, position, 3, "head").block, expected.block)
+
+
+@pytest.mark.parametrize("values", [1, 4, 1000])
+def test_the_latest_of_the_highest_in_long_rows(values: int) -> None:
+    scores = torch.randint(0, values, (5, 3000)).float()
+    scores[1, 5:] = -torch.inf
+    for k in (1, 6):
+        value, index = top_latest(scores, k)
+        for row in range(5):
+            wanted = sorted(range(3000), key=lambda i: (-float(scores[row, i]), -i))[:k]
+            assert value[row].tolist() == scores[row, wanted].tolist()
+            if row != 1 or k == 1:
+                assert sorted(index[row].tolist()) == sorted(wanted)

@@ -138,7 +138,8 @@ def test_a_cache_of_another_size_in_the_same_memory_is_recorded_anew(recorder: R
     )
     graphs = DecodingGraphs(recorder)
     for blocks, recorded in ((8, 0), (8, 1), (8, 1), (16, 1), (16, 2)):
-        storage = SimpleNamespace(key=memory[:, :, :blocks], value=memory, capacity=blocks, block_size=4)
+        resident = memory[:, :, :blocks], memory
+        storage = SimpleNamespace(resident=resident, device=memory.device, capacity=blocks, block_size=4)
         graphs.run(lambda x, _: x + 1, torch.zeros(1, 1, 8), table.Table(step, [storage], settings), rotary=None)
         assert recorder.recorded == recorded
 

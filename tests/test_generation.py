@@ -318,7 +318,7 @@ print(type(AutoModel.from_pretrained({str(saved)!r})).__name__)
 
 
 def test_caches_that_nobody_knows_are_refused_by_name_too() -> None:
-    for name in ("no such cache", "offloaded", "quantized", "paged"):
+    for name in ("no such cache", "offloaded_static", "quantized", "paged"):
         with pytest.raises(ValueError, match=f"^cache_implementation='{name}': .* LandmarkCache") as error:
             tiny_model().generate(random_ids(1, 5), max_new_tokens=2, cache_implementation=name)
         assert "\n" not in str(error.value)

@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> LandmarkLlamaForCausalLM:
 def test_accuracy_is_the_share_of_right_answers_by_length(model, monkeypatch):
     asked = []
 
-    def answer(model, tokenizer, prompt):
+    def answer(model, tokenizer, prompt, cache=None):
         asked.append(len(prompt.input_ids))
         return f" {prompt.key}" if len(prompt.input_ids) % 2 else "no idea"
 

@@ -44,7 +44,7 @@ def clairvoyant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Lets every prompt of 400 tokens or more be answered rightly; lists length and seed of what was asked."""
     asked = []
 
-    def answer(model, tokenizer, prompt):
+    def answer(model, tokenizer, prompt, cache=None):
         asked.append((len(prompt.input_ids), prompt.seed))
         return f" {prompt.key}." if len(prompt.input_ids) >= 400 else f" {prompt.key}1."
 
@@ -183,7 +183,7 @@ def test_a_baseline_that_fails_at_a_length_is_skipped_there_and_the_model_goes_o
 
 def test_a_model_that_lacks_memory_skips_the_length_but_other_errors_are_not_hidden(dense, tmp_path, monkeypatch):
     def fail(error: Exception):
-        def answer(model, tokenizer, prompt):
+        def answer(model, tokenizer, prompt, cache=None):
             if len(prompt.input_ids) == 450:
                 raise error
             return "0"
@@ -373,7 +373,9 @@ def test_several_tasks_are_rows_of_one_table_and_more_can_be_added(dense, clairv
 
 
 def test_a_task_with_several_answers_reports_their_recall(dense, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "generate_answer", lambda model, tokenizer, prompt: " ".join(prompt.answers[:3]))
+    monkeypatch.setattr(
+        measure, "generate_answer", lambda model, tokenizer, prompt, cache: " ".join(prompt.answers[:3])
+    )
     command(dense, tmp_path, "--task", "multi_query:4", "--lengths", "1500", "--samples", "2")
     (entry,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert (entry["correct"], entry["recall"], entry["part"]) == (0, 0.75, 1.0)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import LANDMARKS, ragged, random_ids, tiny_config, tiny_model
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
+from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
 from landmark_llama.saved.folder import read_manifest, writing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -110,6 +111,19 @@ def test_rows_of_different_lengths_are_saved_and_questions_go_in_batches(tmp_pat
     opened.reorder_cache(rows)
     cache.reorder_cache(rows)
     assert torch.equal(model(more, past_key_values=opened).logits, model(more, past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize("kind", ["host", "file"])
+@ways_to_weigh
+@torch.no_grad()
+def test_a_memory_does_not_depend_on_where_its_blocks_were(kind: str, settings: dict, tmp_path: Path) -> None:
+    model, ids = tiny_model(**settings), random_ids(1, 100)
+    storage = HostStorage(budget=0) if kind == "host" else FileStorage(tmp_path / "blocks", budget=0)
+    cache = LandmarkCache(model.config, storage=storage)
+    model(ids, past_key_values=cache)
+    cache.save(tmp_path / "memory")
+    having_read(model, ids).save(tmp_path / "expected")
+    assert files(tmp_path / "memory") == files(tmp_path / "expected")
 
 
 @torch.no_grad()

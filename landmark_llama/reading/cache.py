@@ -61,7 +61,8 @@ class LandmarkCache(SavedMixin, Cache):
 
     Args:
         config: of the model it is for.
-        storage: makes the storage of one layer, given the block size; by default the model's device.
+        storage: makes the storage of one layer, given the block size: `DeviceStorage`, by default, or where there is
+            more room `HostStorage()` or `FileStorage(folder)` (`docs/memory_tiers.md`).
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
             Elsewhere it changes nothing, nor where `config.landmarks_as_in_the_paper` is False, which no kernel reads.
@@ -87,7 +88,8 @@ class LandmarkCache(SavedMixin, Cache):
         self.block_size = config.block_size
         self._make_storage = storage
         self.graphs = DecodingGraphs() if cuda_graphs and config.landmarks_as_in_the_paper else None
-        super().__init__(layers=[self._new_layer() for _ in range(config.num_hidden_layers)])
+        self._first_ties = config.landmark_key == "token"  # layer 0's landmark keys depend on their positions alone
+        super().__init__(layers=self._new_layers(config.num_hidden_layers))
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
         self._saved: Tensor | int = 0  # (batch,): of them, those of a saved memory, which stand before all columns
@@ -166,8 +168,11 @@ class LandmarkCache(SavedMixin, Cache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.layers = [self._new_layer() for _ in self.layers]
+        number, self.layers = len(self.layers), []  # dropped first: new ones may need their room
+        self.layers = self._new_layers(number)
         self._real, self._ordinary, self._saved = None, None, 0
 
-    def _new_layer(self) -> LandmarkCacheLayer:
-        return LandmarkCacheLayer(self._make_storage(self.block_size))
+    def _new_layers(self, number: int) -> list[LandmarkCacheLayer]:
+        storages = [self._make_storage(self.block_size) for _ in range(number)]
+        storages[0].landmarks_tie = self._first_ties
+        return [LandmarkCacheLayer(storage) for storage in storages]

@@ -11,18 +11,31 @@ older ones at `k' + 1`; the chosen ones are read at distances that keep their or
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.blockwise import products_are_small
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.reading.highest import (
+    TILE_QUERIES,
+    Highest,
+    highest_of_many,
+    in_tiles,
+    merge,
+    top_latest,
+    union,
+)
+from landmark_llama.reading.repeated import RepeatedLandmarks, highest_of_groups
 
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
-# scores whose exponentials, and the shares made of them, stay far from the largest and the smallest number of fp32
-LARGEST_SOFTMAX_SCORE = 30.0
+# candidates, and queries of a KV head, from which on landmarks are laid out in tiles (`highest.py`)
+MANY_FROM, TILED_FROM = 16384, 512
+# sums of exponentials below, or above its inverse, are near the end of what fp32 can hold
+SMALLEST_SOFTMAX_TOTAL = 1e-13
 
 
 class Choice(NamedTuple):
@@ -76,6 +89,7 @@ def choose_blocks(
     granularity: str,
     landmarks_tie: bool,
     biases: Tensor | None = None,
+    repeated: RepeatedLandmarks | None = None,
     num_sink_blocks: int = 0,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
@@ -91,37 +105,52 @@ def choose_blocks(
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
+        repeated: knows which of the landmarks are equal; where many are, each is scored once.
         num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
     """
-    k = rotated.shape[-2] - 1
-    landmarks = landmarks.to(rotated.dtype)
-    if granularity == "head" and rotated.shape[4] == 1:
+    k, kv_heads, queries = rotated.shape[-2] - 1, rotated.shape[1], rotated.shape[4]
+    if granularity == "head" and queries == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
-    small = False
-    if granularity != "token_and_head" and not landmarks_tie:
-        limit = LARGEST_SOFTMAX_SCORE if biases is None else LARGEST_SOFTMAX_SCORE - float(biases.abs().amax())
-        small = products_are_small(rotated[..., 0, :], landmarks, limit)
-    ends = candidates.amax(0).clamp_min(1).tolist()
+    settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
+    fewest, ends = int(candidates.min()) - k, candidates.amax(0).clamp_min(1).tolist()
+    groups = None
+    alone = granularity != "token" and not landmarks_tie and not num_sink_blocks
+    if repeated is not None and alone and biases is None and fewest > 0:
+        groups = repeated.groups(landmarks[:, :, :fewest], k)
+    many = fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM and rotated.device.type == "cpu"
+    many = many and alone and groups is None
+    if many and kv_heads > 1:
+        heads = [
+            choose_blocks(
+                rotated[:, head : head + 1],
+                landmarks[:, head : head + 1],
+                candidates,
+                valid,
+                biases=None if biases is None else biases[:, head : head + 1],
+                **settings,
+            )
+            for head in range(kv_heads)
+        ]
+        return Choice(*(torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)))
+    landmarks = landmarks.to(rotated.dtype)
+    shared, scored, far = {"k": k, "exponentials": granularity == "head"}, 0, None
+    if groups is not None:
+        scored, far = groups.blocks - len(groups.count), functools.partial(highest_of_groups, groups=groups, **shared)
+    elif many:
+        keys, bias = landmarks.flatten(0, 1), None if biases is None else biases.flatten(0, 1)
+        far = functools.partial(highest_of_many, key=keys, tiles=in_tiles(keys[:, :fewest]), bias=bias, **shared)
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
     first = 0
     while first < len(ends):
-        columns = 2 * k if landmarks_tie else k + ends[first]
-        part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
+        columns = 2 * k if landmarks_tie else k + ends[first] - scored
+        at_once = TILE_QUERIES // queries if many else SCORES_AT_ONCE // (scores_per_landmark * columns)
+        part = slice(first, first + max(1, at_once))
         last = max(ends[part])  # later ones are nobody's candidates
         shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
-        parts.append(
-            _choose(
-                rotated[:, :, :, part],
-                *shown,
-                candidates[:, part],
-                valid[:, part],
-                granularity,
-                landmarks_tie,
-                small,
-                num_sink_blocks,
-            )
-        )
+        asked = rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part]
+        block = None if far is None else _choose_of_many(*asked, granularity, far)
+        parts.append(_choose(*asked, **settings) if block is None else block)
         first = part.stop
     block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
     return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
@@ -134,40 +163,37 @@ def _choose(
     candidates: Tensor,
     valid: Tensor,
     granularity: str,
-    tie: bool,
-    small: bool,
-    sinks: int,
+    landmarks_tie: bool,
+    num_sink_blocks: int,
 ) -> Tensor:
-    """The blocks of `Choice` for some groups. `small`: no score exceeds `LARGEST_SOFTMAX_SCORE`, either way."""
-    k = rotated.shape[-2] - 1
-    n = candidates[:, None, None, :, None, None]
-    if tie:
-        scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
-    else:
-        scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
-    if sinks:  # they have no part in the comparison
-        block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
-        scores.masked_fill_(block < sinks, -torch.inf)
-    if granularity != "token_and_head":
-        if small:
-            # softmax ranks as log-softmax does, in fewer passes; masked entries are 0
-            scores.exp_()
-            scores.mul_(scores.sum(-1, keepdim=True).reciprocal_())
-            nothing = 0.0
+    """The blocks of `Choice` for some groups."""
+    k, n, sinks = rotated.shape[-2] - 1, candidates[:, None, None, :, None, None], num_sink_blocks
+    number = k - sinks
+
+    def score() -> tuple[Tensor, Tensor | int]:
+        if landmarks_tie:
+            scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
         else:
-            # of the n - k older candidates, which tie, only k have a column: each column counts for (n - k) / k of them
-            weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log() if tie else None
-            if tie:
-                scores[..., :k] += weight
-            scores = scores.log_softmax(-1)
-            if tie:
-                scores[..., :k] -= weight
-            nothing = -torch.inf
-        if granularity == "head" and not valid.all():
-            scores.masked_fill_(~valid[:, None, None, ..., None], nothing)
-        scores = scores.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
-        scores.masked_fill_((scores == nothing) | (n <= sinks), -torch.inf)
-    value, column = top_latest(scores, k - sinks)
+            scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
+        if sinks:  # they have no part in the comparison
+            block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
+            scores.masked_fill_(block < sinks, -torch.inf)
+        return scores, block_of_first
+
+    scores, block_of_first = score()
+    if granularity == "token_and_head":
+        value, column = top_latest(scores, number)
+    else:
+        shares, nobody = None if landmarks_tie else _shares_(scores, n), n <= sinks
+        if granularity == "head":
+            nobody = nobody | ~valid.any(-1)[:, None, None, :, None, None]
+        if shares is not None:
+            value, column = top_latest(_of_all(shares, valid, granularity, nothing=0.0), number, nothing=0.0)
+        # shares too small for fp32 may hide a candidate
+        if shares is None or ((value == -torch.inf) & (n >= k) & ~nobody).any():
+            logs = _log_shares(scores if landmarks_tie else score()[0], n, k, landmarks_tie)
+            value, column = top_latest(_of_all(logs, valid, granularity, nothing=-torch.inf), number)
+        value = value.masked_fill(nobody, -torch.inf)
     block = (column + block_of_first).masked_fill(value == -torch.inf, -1)
     return (with_sinks(block, sinks, n) if sinks else block).sort(-1).values
 
@@ -180,6 +206,71 @@ def with_sinks(block: Tensor, sinks: int, candidates: Tensor) -> Tensor:
     """
     sink = torch.arange(sinks, device=block.device)
     return torch.cat([torch.where(sink < candidates, sink, -1).expand(*block.shape[:-1], sinks), block], dim=-1)
+
+
+def _choose_of_many(
+    rotated: Tensor,
+    landmarks: Tensor,
+    biases: Tensor | None,
+    candidates: Tensor,
+    valid: Tensor,
+    granularity: str,
+    highest: Callable[[Tensor], Highest],
+) -> Tensor | None:
+    """As `_choose`, where `highest` knows the highest scores of the first of many candidates, all of them far ones.
+
+    None where exponentials do not fit fp32.
+    """
+    k, shared = rotated.shape[-2] - 1, granularity == "head"
+    far = highest(rotated[..., 0, :].flatten(0, 1).flatten(1, 3))
+    many = far.scored
+    far = Highest(*(x if isinstance(x, int | None) else x.view(*rotated.shape[:5], -1) for x in far))
+    rest, block_of_first = _scores(
+        rotated, landmarks[:, :, many:], None if biases is None else biases[:, :, many:], candidates - many
+    )
+    value, column = top_latest(rest, k)
+    total = rest.exp_().sum(-1, keepdim=True) if shared else None
+    best = merge(far, Highest(value, column + block_of_first + many, total, 0))
+    if not shared:
+        return best.index.sort(-1).values
+    seen = valid[:, None, None, ..., None]
+    fitting = (best.total > SMALLEST_SOFTMAX_TOTAL) & (best.total < 1 / SMALLEST_SOFTMAX_TOTAL)
+    if not (fitting | ~seen).all():
+        return None
+    share = (best.value - best.total.log()).masked_fill(~seen, -torch.inf)
+    value, block = union(share.flatten(-2).unsqueeze(-2), best.index.flatten(-2).unsqueeze(-2), k)
+    return block.masked_fill(value == -torch.inf, -1).sort(-1).values
+
+
+def _shares_(scores: Tensor, n: Tensor) -> Tensor | None:
+    """The softmax of `scores`, overwriting them, 0 where there is no candidate; None where it does not fit fp32.
+
+    It ranks as log-softmax does, in fewer passes.
+    """
+    total = scores.exp_().sum(-1, keepdim=True)
+    fitting = (total > SMALLEST_SOFTMAX_TOTAL) & (total < 1 / SMALLEST_SOFTMAX_TOTAL)
+    if not (fitting | (n == 0)).all():
+        return None
+    return scores.mul_(total.clamp_min_(SMALLEST_SOFTMAX_TOTAL).reciprocal_())
+
+
+def _log_shares(scores: Tensor, n: Tensor, k: int, tie: bool) -> Tensor:
+    """The log-softmax of `scores`; -inf where there is no candidate."""
+    if not tie:
+        return scores.log_softmax(-1)
+    # of the n - k older candidates, which tie, only k have a column: each column counts for (n - k) / k of them
+    weight = ((n - k).clamp_min(1) / (n - k).clamp(1, k)).log()
+    scores[..., :k] += weight
+    scores = scores.log_softmax(-1)
+    scores[..., :k] -= weight
+    return scores
+
+
+def _of_all(shares: Tensor, valid: Tensor, granularity: str, nothing: float) -> Tensor:
+    """The largest of the shares of those who choose together. `nothing`: the share of padding, overwritten."""
+    if granularity == "head" and not valid.all():
+        shares.masked_fill_(~valid[:, None, None, ..., None], nothing)
+    return shares.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
 
 
 def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidates: Tensor) -> tuple[Tensor, int]:
@@ -219,18 +310,3 @@ def _tied_scores(rotated: Tensor, landmarks: Tensor, candidates: Tensor) -> tupl
     first = candidates[:, None, None, :, None, None] - 2 * k
     scores = torch.cat([scores[..., :1].expand(*scores.shape[:-1], k), scores[..., 1:]], dim=-1)
     return scores.masked_fill(first + torch.arange(2 * k, device=rotated.device) < 0, -torch.inf), first
-
-
-def top_latest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and indices (..., k) of the k highest scores (..., n), n > k; among equal ones the later indices win."""
-    values, indices = scores.topk(k + 1, dim=-1)
-    tied = values[..., k - 1] == values[..., k]
-    if tied.any():
-        tied &= values[..., k] > -torch.inf
-    values, indices = values[..., :k], indices[..., :k]
-    if tied.any():
-        # sorting stably from the last index to the first leaves the later of two equal scores in front
-        value, index = scores[tied].flip(-1).sort(dim=-1, descending=True, stable=True)
-        values[tied] = value[:, :k]
-        indices[tied] = scores.shape[-1] - 1 - index[:, :k]
-    return values, indices

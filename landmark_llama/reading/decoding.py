@@ -22,7 +22,8 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.choice import choose_blocks, top_latest, with_sinks
+from landmark_llama.reading.choice import choose_blocks, with_sinks
+from landmark_llama.reading.highest import top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.documents import find_documents
@@ -167,9 +168,11 @@ class DecodingStep:
         sinks = self.settings.num_sink_blocks
         landmarks, query = storage.landmarks(candidates.most), query[..., : k + 1, :]
         biases = storage.biases(candidates.most) if self.pooled else None
-        if self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1:
+        together = self.settings.granularity == "token" or self.settings.granularity == "head" and columns > 1
+        if together or storage.repeated.pay and not landmarks_tie:
             shared = {"granularity": self.settings.granularity, "landmarks_tie": landmarks_tie, "biases": biases}
-            query, valid, shared["num_sink_blocks"] = query.unsqueeze(3), self.valid.unsqueeze(1), sinks
+            shared |= {"repeated": storage.repeated, "num_sink_blocks": sinks}
+            query, valid = query.unsqueeze(3), self.valid.unsqueeze(1)
             return choose_blocks(query, landmarks, candidates.number, valid, **shared).block.squeeze(3)
         # each query chooses its own: older candidates by their score one block before the last k, those where they are
         if landmarks_tie:

@@ -62,7 +62,7 @@ class DecodingGraphs:
         if not _is_step(states, table) or not self.can_record(table.storages, states.dtype, rotary):
             return layers(states, table)
         # with the capacity: memory that was given back may be taken again for another shape
-        addresses = tuple((x.key.data_ptr(), x.value.data_ptr(), x.capacity) for x in table.storages)
+        addresses = tuple((*(y.data_ptr() for y in x.resident), x.capacity) for x in table.storages)
         if addresses != self._addresses:
             self._addresses, self._steps = addresses, {}
         groups = table.groups
@@ -100,6 +100,6 @@ def _is_step(states: Tensor, table: Table) -> bool:
         table.kernels
         and states.shape[1] <= STEP_COLUMNS
         and table.settings.granularity != "token"  # whose blocks PyTorch chooses
-        and all(storage.capacity and storage.key.device == states.device for storage in table.storages)
+        and all(storage.capacity and storage.device == states.device for storage in table.storages)
         and all(table.groups.stop <= storage.capacity * storage.block_size for storage in table.storages)
     )

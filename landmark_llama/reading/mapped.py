@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from landmark_llama.reading.repeated import RepeatedLandmarks
 from landmark_llama.reading.storage import DeviceStorage, Prior
 
 LANDMARK_ROOM = 64  # blocks: landmarks of so many more are held without moving the others
@@ -39,6 +40,7 @@ class MappedStorage:
         self.block_size = saved.shape[-2]
         self.layer, self.dtype, self.device = layer, saved.dtype, device
         self.resident, self.landmarks_tie = None, False  # no kernel reads the file
+        self.repeated = RepeatedLandmarks()
         self.rows = torch.arange(saved.shape[3])  # the saved row that each row goes on from
         self.saved, self.added = saved, DeviceStorage(self.block_size)
         if tail.shape[3]:
@@ -74,6 +76,7 @@ class MappedStorage:
                 f"{key.shape[2]} of {key.shape[3]}: use one cache for one batch and model"
             )
         skipped = self.blocks * self.block_size
+        self.repeated.forget(int(start.min()) // self.block_size)
         start = start - skipped
         stop = int(start.max()) + key.shape[1] if stop is None else stop - skipped
         # in the dtype of the memory, whatever autocast makes of the keys
@@ -112,6 +115,7 @@ class MappedStorage:
 
     def select_rows(self, rows: Tensor) -> None:
         self.rows = self.rows[rows.cpu()]
+        self.repeated.forget(0)
         self.added.select_rows(rows)
         rows = rows.to(self.device)
         self.landmark = self.landmark.index_select(0, rows)

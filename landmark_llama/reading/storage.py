@@ -1,4 +1,7 @@
-"""Where the blocks of one layer's cache live: a small interface, and its first tier, the device of the model."""
+"""Where the blocks of one layer's cache live: a small interface, and its first tier, the device of the model.
+
+Slower tiers with more room: `reading/tiered_storage.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from landmark_llama.attention.pooling import pool_block
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 
 class Prior(NamedTuple):
@@ -37,7 +41,26 @@ class BlockStorage(Protocol):
     Shapes: `batch` rows, `kv_heads`, `blocks` of `block_size` positions, `head_dim`. Landmark keys are kept apart as
     well, because selection reads them all at each step while it reads only a few blocks. Where landmark keys are pooled
     (`attention/pooling.py`), they are made when their block is complete, and stand in the places of the landmarks.
+
+    Attributes:
+        block_size: positions of a block.
+        capacity: blocks that a row can hold without growing.
+        dtype, device: of the keys and values that `gather` returns; None while there are none.
+        resident: keys and values of all blocks as two contiguous tensors (batch, kv_heads, capacity, block_size,
+            head_dim) on the device, which stay where they are while `capacity` stays; None where there are no such
+            tensors. Kernels read these.
+        landmarks_tie: set before the first write: all landmark keys are one and the same up to rounding (layer 0), and
+            that of block 0 may stand for all.
+        repeated: knows which landmarks are equal to the bit.
     """
+
+    block_size: int
+    capacity: int
+    dtype: torch.dtype | None
+    device: torch.device | None
+    resident: tuple[Tensor, Tensor] | None
+    landmarks_tie: bool
+    repeated: RepeatedLandmarks
 
     def expect(self, blocks: int) -> None:
         """Announces that rows will soon hold `blocks` blocks, so that room for them is made once."""
@@ -67,6 +90,26 @@ class BlockStorage(Protocol):
         """Makes row `rows[i]` row `i`, for beams and for batches that shrink or repeat."""
 
 
+def check_written(held: tuple[int, int, int] | None, key: Tensor, holds_pooled: bool, prior: Prior | None) -> None:
+    """Refuses keys (batch, length, kv_heads, head_dim) of another batch or model, or another kind of landmark keys.
+
+    held: rows, KV heads and head_dim of what is stored; None if nothing is.
+    """
+    if held is None:
+        return
+    rows, _, kv_heads, head_dim = key.shape
+    if (rows, kv_heads, head_dim) != held:
+        raise ValueError(
+            f"the cache holds {held[0]} rows of {held[1]} KV heads of {held[2]}; "
+            f"got {rows} rows of {kv_heads} of {head_dim}: use one cache for one batch and model"
+        )
+    if holds_pooled != (prior is not None):
+        kinds = ("pooled", "token") if holds_pooled else ("token", "pooled")
+        raise ValueError(
+            f"landmark_key={kinds[1]!r}: the cache holds {kinds[0]!r} landmark keys: read the text in a new one"
+        )
+
+
 class DeviceStorage:
     """Blocks in memory of one device, in the dtype of the first keys.
 
@@ -80,11 +123,28 @@ class DeviceStorage:
         self.landmark: Tensor | None = None  # (batch, kv_heads, capacity, head_dim)
         self.bias: Tensor | None = None  # (batch, kv_heads, capacity), at least fp32, where landmark keys are pooled
         self.expected = 0
+        self.landmarks_tie = False  # keeps them all, for kernels
+        self.repeated = RepeatedLandmarks()
 
     @property
     def capacity(self) -> int:
         """Blocks that a row can hold without growing."""
         return 0 if self.key is None else self.key.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values; None while there are none."""
+        return None if self.key is None else self.key.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of keys and values; None while there are none."""
+        return None if self.key is None else self.key.device
+
+    @property
+    def resident(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values, each (batch, kv_heads, capacity, block_size, head_dim); None while there are none."""
+        return None if self.key is None else (self.key, self.value)
 
     def expect(self, blocks: int) -> None:
         self.expected = blocks + blocks // 8
@@ -93,17 +153,11 @@ class DeviceStorage:
         self, key: Tensor, value: Tensor, start: Tensor, stop: int | None = None, prior: Prior | None = None
     ) -> None:
         rows, length = key.shape[:2]
-        if self.key is not None and (rows, *key.shape[2:]) != (self.key.shape[0], self.key.shape[1], self.key.shape[4]):
-            raise ValueError(
-                f"the cache holds {self.key.shape[0]} rows of {self.key.shape[1]} KV heads of {self.key.shape[4]}; "
-                f"got {rows} rows of {key.shape[2]} of {key.shape[3]}: use one cache for one batch and model"
-            )
-        if self.key is not None and (self.bias is None) != (prior is None):
-            held, given = ("token", "pooled") if self.bias is None else ("pooled", "token")
-            raise ValueError(
-                f"landmark_key={given!r}: the cache holds {held!r} landmark keys: read the text in a new one"
-            )
+        held = None if self.key is None else (*self.key.shape[:2], self.key.shape[-1])
+        check_written(held, key, self.bias is not None, prior)
         stop = int(start.max()) + length if stop is None else stop
+        # the longest row: what is grouped is one row alone
+        self.repeated.forget((stop - length) // self.block_size)
         self._reserve(-(-stop // self.block_size), key)
         row = torch.arange(rows, device=key.device).unsqueeze(1)
         position = start.to(key.device).unsqueeze(1) + torch.arange(length, device=key.device)
@@ -150,6 +204,7 @@ class DeviceStorage:
         return first + blocks.clamp_max(self.capacity - 1)
 
     def select_rows(self, rows: Tensor) -> None:
+        self.repeated.forget(0)
         if self.key is not None:
             rows = rows.to(self.key.device)
             self.key, self.value, self.landmark = (

@@ -20,7 +20,7 @@ from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
 from landmark_llama.reading.groups import QueryGroups
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
+from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import Report, report_of_chunk
 
 
@@ -193,30 +193,32 @@ def _choose_in_pytorch(
         granularity=granularity,
         landmarks_tie=landmarks_tie,
         biases=storage.biases(groups.candidates),
+        repeated=storage.repeated,
         num_sink_blocks=num_sink_blocks,
     )
     return rotated, rotated_scoring, choice
 
 
 def _choose_with_kernels(
-    query: Tensor, storage: DeviceStorage, groups: QueryGroups, *, granularity: str, **settings: Any
+    query: Tensor, storage: BlockStorage, groups: QueryGroups, *, granularity: str, **settings: Any
 ) -> Tensor:
     """The blocks of `Choice`, int32, chosen on the GPU; no number that the host must wait for."""
     from landmark_llama.reading.choice_triton import select_blocks
 
     with torch.cuda.device_of(query):
-        return select_blocks(query.contiguous(), storage.landmark, groups, share=granularity == "head", **settings)
+        landmark = storage.landmarks(storage.capacity)
+        return select_blocks(query.contiguous(), landmark, groups, share=granularity == "head", **settings)
 
 
 def _attend_with_kernels(
-    query: Tensor, storage: DeviceStorage, groups: QueryGroups, choice: Choice | Tensor | None, **settings: Any
+    query: Tensor, storage: BlockStorage, groups: QueryGroups, choice: Choice | Tensor | None, **settings: Any
 ) -> Tensor:
     from landmark_llama.reading.table_triton import attend_table
 
     block = choice.block.int() if isinstance(choice, Choice) else choice
     rows = {"one_block": groups.one_block, **settings}
     with torch.cuda.device_of(query):
-        return attend_table(query.contiguous(), storage.key, storage.value, groups, block, **rows)
+        return attend_table(query.contiguous(), *storage.resident, groups, block, **rows)
 
 
 def kernels_take(
@@ -228,12 +230,12 @@ def kernels_take(
     """
     if landmark_query is not None or storage.biases(0) is not None:
         return False
-    if not (isinstance(storage, DeviceStorage) and storage.capacity and storage.key.is_cuda and triton_is_installed()):
+    if storage.resident is None or storage.device.type != "cuda" or not triton_is_installed():
         return False
     from landmark_llama.reading.table_triton import supported
 
-    one_dtype = dtype == storage.key.dtype and rotary.cos.dtype == torch.float32
-    return one_dtype and supported(dtype, storage.key.shape[-1], storage.block_size, storage.key.device)
+    one_dtype = dtype == storage.dtype and rotary.cos.dtype == torch.float32
+    return one_dtype and supported(dtype, storage.resident[0].shape[-1], storage.block_size, storage.device)
 
 
 def _attend_direct(

@@ -1,0 +1,256 @@
+"""Memory that outgrows the device: reading, and a question afterwards, by length, tier and budget.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --lengths 1000000 --tiers file --budgets 128 --dense_lengths 0
+    python benchmarks/memory.py --model DIR --text BOOK.txt --lengths 1000000
+    python benchmarks/memory.py --lengths 16777216 --tiers file --budgets 128 --dense_lengths 0 --folder FOLDER
+
+Each measurement runs in a process of its own. It reads a text of so many tokens, in calls of `--piece` tokens, then a
+question of `--question` tokens, and answers with `--answer` tokens. A row says how long that took, the most memory that
+the process held, what was read from the tier and how much of what was asked for was still on the device. Beside the
+tiers stands `device`, where all blocks stay on the device, and the dense model: on a GPU with transformers' offloaded
+cache, on a CPU with its default one. At last, how many of a query block's choices the one before it had made, too.
+
+Rows go to `--output`, failures to a file beside it. A Markdown table of them is printed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# the repository root replaces this folder on the path, as in generation.py
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, Cache, DynamicCache, HfArgumentParser, PreTrainedModel
+
+from benchmarks.measure import (
+    MeasurementFailed,
+    PeakMemory,
+    ResultsFile,
+    Stopwatch,
+    exit_with,
+    isolated,
+    machine,
+    process_peak,
+    versions,
+)
+from benchmarks.models import DENSE, ModelArguments, landmark_config, load_model, random_text, shape_of
+from landmark_llama import LandmarkCache, LandmarkLlamaConfig
+from landmark_llama.reading.storage import DeviceStorage
+from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
+
+DEVICE, HOST, FILE = "device", "host", "file"
+
+
+@dataclass
+class Arguments:
+    """What is measured."""
+
+    lengths: list[int] = field(
+        default_factory=lambda: [32768, 131072, 1000000], metadata={"help": "Tokens that are read."}
+    )
+    tiers: list[str] = field(
+        default_factory=lambda: [DEVICE, HOST, FILE], metadata={"help": "Where blocks live: device, host, file."}
+    )
+    budgets: list[int] = field(
+        default_factory=lambda: [16, 128], metadata={"help": "MiB of blocks that a tier keeps on the device."}
+    )
+    dense_lengths: list[int] = field(
+        default_factory=lambda: [32768], metadata={"help": "Tokens that the dense model reads, too; 0: none."}
+    )
+    granularity: str = field(default="head", metadata={"help": "Setting of retrieval_granularity."})
+    text: str | None = field(
+        default=None, metadata={"help": "File to read, over and over, with --model; default: random tokens."}
+    )
+    piece: int = field(default=65536, metadata={"help": "Tokens of a call."})
+    question: int = field(default=16, metadata={"help": "Tokens of the question."})
+    answer: int = field(default=8, metadata={"help": "Tokens of the answer."})
+    overlap_length: int = field(
+        default=65536, metadata={"help": "Tokens over which the overlap of choices is counted; 0: not at all."}
+    )
+    folder: str | None = field(default=None, metadata={"help": "Where the file tier lies; default: a temporary one."})
+    output: str = field(
+        default=str(Path(__file__).parent / "results" / "memory.jsonl"),
+        metadata={"help": "File that rows are added to."},
+    )
+
+    def __post_init__(self) -> None:
+        for tier in self.tiers:
+            if tier not in (DEVICE, HOST, FILE):
+                raise ValueError(f"--tiers {tier}: must be {DEVICE}, {HOST} or {FILE}")
+        for name in ("piece", "question", "answer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("lengths", "dense_lengths", "budgets"):
+            for number in getattr(self, name):
+                least = 1 if name == "lengths" else 0
+                if number < least:
+                    raise ValueError(f"--{name} {number}: must be at least {least}")
+
+
+@torch.inference_mode()
+def measure(
+    model_args: ModelArguments, config: LandmarkLlamaConfig, args: Arguments, tier: str, budget: int, length: int
+) -> dict[str, Any]:
+    """One measurement, in this process. `tier`: one of the tiers, or `DENSE`; `budget`: MiB."""
+    model = load_model(model_args, config, DENSE if tier == DENSE else "landmark")
+    text = _text(model_args, config, args, length + args.question)
+    warm = LandmarkCache(config) if tier != DENSE else DynamicCache(config=model.config)
+    model(text[:, :1024], past_key_values=warm, logits_to_keep=1)
+    before, memory = process_peak(), PeakMemory(model_args.device)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        cache = _cache(model, tier, budget << 20, folder)
+        watch = Stopwatch(model_args.device)
+        for piece in text[:, :length].split(args.piece, dim=1):
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read = watch.lap()
+        token = text[:, length:]
+        for _ in range(args.answer):
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1:].argmax(-1)
+        if not logits.isfinite().all():
+            raise ValueError(f"the logits after {length} tokens are not all finite")
+        asked = watch.lap()
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
+        row = {
+            "read_seconds": round(read, 3),
+            "question_seconds": round(asked, 4),
+            "peak_memory_mib": round(memory.mib(), 1),
+            "resident_mib": round(process_peak() / 2**20, 1),
+            "resident_before_mib": round(before / 2**20, 1),
+            "file_mib": round(size / 2**20, 1),
+        }
+        return row | (_traffic(cache) if tier in (HOST, FILE) else {})
+
+
+def _text(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Arguments, length: int) -> Tensor:
+    """(1, length) ids: random ones, or of the file, repeated as often as is needed."""
+    if args.text is None:
+        return random_text(model_args, config, length)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model)
+    ids = tokenizer(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor([list(itertools.islice(itertools.cycle(ids), length))], device=model_args.device)
+
+
+def _cache(model: PreTrainedModel, tier: str, budget: int, folder: str) -> Cache:
+    if tier == DENSE:
+        return DynamicCache(config=model.config, offloading=model.device.type == "cuda")
+    storage = {
+        DEVICE: lambda: DeviceStorage,
+        HOST: lambda: HostStorage(budget=budget),
+        FILE: lambda: FileStorage(folder, budget=budget),
+    }[tier]()
+    return LandmarkCache(model.config, storage=storage)
+
+
+def _traffic(cache: LandmarkCache) -> dict[str, Any]:
+    """What was read from the tier, and how much of what was asked for was on the device, by layer."""
+    held = [storage.held for storage in cache.storages]
+    return {
+        "tier_mib_read": round(sum(layer.bytes_read for layer in held) / 2**20, 1),
+        "hit_rate": [round(1 - layer.missed / max(1, layer.asked), 4) for layer in held],
+    }
+
+
+class ObservedStorage:
+    """A storage that counts how many of each query block's choices the query block before it made, too."""
+
+    def __init__(self, block_size: int) -> None:
+        self._storage = DeviceStorage(block_size)
+        self.chosen = self.repeated = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """As `BlockStorage.gather`; choices have a dimension for groups, queries and blocks each."""
+        if blocks.dim() == 6 and blocks.shape[3] > 1:
+            block = blocks.flatten(-2)
+            same = block[..., 1:, :].unsqueeze(-1) == block[..., :-1, :].unsqueeze(-2)
+            self.chosen += same[..., 0].numel()
+            self.repeated += int(same.any(-1).sum())
+        return self._storage.gather(blocks)
+
+
+@torch.inference_mode()
+def overlap(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Arguments) -> dict[str, Any]:
+    """The share of a query block's choices that the one before it made, too, by layer whose output is computed."""
+    model = load_model(model_args, config, "landmark")
+    cache = LandmarkCache(config, storage=ObservedStorage)
+    model(_text(model_args, config, args, args.overlap_length), past_key_values=cache, logits_to_keep=1)
+    storages = [storage for storage in cache.storages if storage.chosen]
+    return {"overlap": [round(storage.repeated / storage.chosen, 4) for storage in storages]}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the rows that have figures."""
+    lines = [
+        "| tokens | blocks in | on the device | read | question | resident, at most | from the tier | hits by layer |",
+        "|---:|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        hits = " ".join(f"{100 * rate:.1f} %" for rate in row.get("hit_rate", [])) or "-"
+        held = "all" if row["budget_mib"] is None else f"{row['budget_mib']} MiB"
+        tier = f"{row['tier_mib_read']:,.0f} MiB" if "tier_mib_read" in row else "-"
+        lines.append(
+            f"| {row['length']:,} | {row['implementation']} | {held} | {row['read_seconds']:.1f} s | "
+            f"{row['question_seconds']:.2f} s | {row['resident_mib']:,.0f} MiB | {tier} | {hits} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command. Returns 0, or 1 if something could not be measured."""
+    model, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(argv)
+    if args.text is not None and model.model is None:
+        raise ValueError(f"--text {args.text}: needs --model, whose tokenizer reads it")
+    config = landmark_config(model, args.granularity)
+    common = {
+        "benchmark": "memory",
+        "model": Path(model.model).name if model.model else "random weights",
+        "text": Path(args.text).name if args.text else "random tokens",
+        "granularity": args.granularity,
+        "shape": shape_of(config),
+        "dtype": model.dtype,
+        "piece": args.piece,
+        "question_tokens": args.question,
+        "answer_tokens": args.answer,
+        "machine": machine(model.device, model.threads),
+        "versions": versions(),
+    }
+    results, rows = ResultsFile(Path(args.output), common), []
+    run = functools.partial(isolated, threads=model.threads)
+    wanted: list[tuple[str, int | None, int]] = []
+    for length in sorted({*args.lengths, *args.dense_lengths} - {0}):
+        wanted += [(DENSE, None, length)] if length in args.dense_lengths else []
+        for tier in args.tiers if length in args.lengths else []:
+            wanted += [(tier, budget, length) for budget in ([None] if tier == DEVICE else args.budgets)]
+    for tier, budget, length in tqdm(wanted, unit="run", dynamic_ncols=True, leave=False):
+        row = {"quantity": "reading", "implementation": tier, "budget_mib": budget, "length": length}
+        _add(results, rows, row, lambda what=(tier, budget or 0, length): run(measure, model, config, args, *what))
+    if args.overlap_length:
+        row = {"quantity": "overlap", "implementation": "landmark", "length": args.overlap_length}
+        _add(results, [], row, lambda: run(overlap, model, config, args))
+    print(markdown(rows))
+    return results.report()
+
+
+def _add(results: ResultsFile, rows: list[dict], row: dict[str, Any], figures: Callable[[], dict[str, Any]]) -> None:
+    try:
+        rows.append({**row, **figures()})
+        results.add(rows[-1])
+    except MeasurementFailed as error:
+        results.add_failure(row, str(error))
+
+
+if __name__ == "__main__":
+    exit_with(main, kept="the rows of finished measurements")

@@ -1,0 +1,67 @@
+"""benchmarks/memory.py: a small run writes rows whose figures mean something."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory
+
+SHAPE = ["--hidden_size", "32", "--intermediate_size", "48", "--layers", "2", "--heads", "2", "--head_dim", "16"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--vocab_size",
+    "99",
+    "--block_size",
+    "8",
+    "--train_context_length",
+    "128",
+]
+
+
+@pytest.mark.slow
+def test_a_small_run_measures_every_tier_and_the_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "memory.jsonl"
+    what = ["--lengths", "600", "--dense_lengths", "300", "--budgets", "0", "--piece", "250", "--overlap_length", "400"]
+    assert memory.main([*SHAPE, *SMALL, *what, "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = [(row["quantity"], row["implementation"], row["length"]) for row in rows]
+    assert found == [
+        ("reading", "dense", 300),
+        ("reading", "device", 600),
+        ("reading", "host", 600),
+        ("reading", "file", 600),
+        ("overlap", "landmark", 400),
+    ]
+    assert all(row["read_seconds"] > 0 and row["question_seconds"] > 0 for row in rows[:-1])
+    for host_or_file in rows[2:4]:
+        assert host_or_file["hit_rate"] == [0, 0] and host_or_file["tier_mib_read"] > 0
+    assert rows[3]["file_mib"] > 0 and rows[2]["file_mib"] == 0
+    assert all(0 <= share <= 1 for share in rows[-1]["overlap"])
+    assert "| 600 | file | 0 MiB |" in capsys.readouterr().out
+
+
+def test_overlap_counts_the_choices_that_are_made_again() -> None:
+    storage = memory.ObservedStorage(4)
+    keys = torch.zeros(1, 40, 1, 8)
+    storage.write(keys, keys, torch.zeros(1, dtype=torch.long))
+    # three groups of one query that choose two blocks each
+    storage.gather(torch.tensor([[1, 2], [2, 5], [2, 5]]).view(1, 1, 1, 3, 1, 2))
+    assert (storage.repeated, storage.chosen) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tiers", "tape"], "--tiers tape: must be device, host or file"),
+        (["--piece", "0"], "--piece 0: must be at least 1"),
+        (["--text", "BOOK.txt"], "--text BOOK.txt: needs --model"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        memory.main(flags)

@@ -1,0 +1,43 @@
+"""`--cache` of the evaluation commands: where a landmark model keeps what it reads changes no row."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_passkey_run import command, dense, landmark, rows_of, without_seconds  # noqa: F401
+
+from eval_passkey.models import find_subject
+from eval_passkey.prompts import InputError
+from eval_perplexity.methods import Method, Scorer
+from landmark_llama.reading.tiered_storage import FileStorage
+
+
+def test_a_memory_in_files_gives_the_same_rows_and_leaves_no_file(landmark: Path, tmp_path: Path) -> None:  # noqa: F811
+    few = ("--lengths", "300", "--samples", "2")
+    for output, cache in ("device", "device"), ("files", f"file:{tmp_path / 'tier'}"):
+        assert command(landmark, tmp_path / output, "--cache", cache, *few) == 0
+    rows = [without_seconds(rows_of(tmp_path / output)) for output in ("device", "files")]
+    assert rows[0] == rows[1]
+    assert (tmp_path / "tier").is_dir() and not list((tmp_path / "tier").glob("*.bin"))
+
+
+def test_a_name_of_no_cache_and_a_model_without_landmarks_are_refused(
+    landmark: Path,  # noqa: F811
+    dense: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match="--cache disk: .* must be device, host, or file:FOLDER"):
+        command(landmark, tmp_path / "output", "--cache", "disk")
+    with pytest.raises(InputError, match="--cache host: needs a landmark model"):
+        command(dense, tmp_path / "output", "--cache", "host")
+
+
+def test_perplexity_is_that_of_the_device_to_the_bit(landmark: Path, tmp_path: Path) -> None:  # noqa: F811
+    subject = find_subject("--model", str(landmark), {})
+    ids = torch.randint(8, 60, (1, 301))
+    losses = [
+        Scorer("--model", subject, Method("landmark"), "float32", "cpu", storage).nll(ids, 200)
+        for storage in (None, FileStorage(tmp_path, budget=0))
+    ]
+    assert losses[0] == losses[1] and math.isfinite(losses[0])
