@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
 from landmark_llama.memories import reader, texts
+from landmark_llama.memories.models import load_model
 from landmark_llama.memories.texts import Sources, tokenise
 from landmark_llama.read import main
 from landmark_llama.saved.folder import read_manifest, writing
@@ -269,6 +270,15 @@ def test_a_text_that_was_begun_comes_first_and_must_be_the_same(
     novel.write_text(text, "utf-8")
     read(model, memory, novel)
     assert text_of(memory) == text
+
+
+@pytest.mark.usefixtures("small_calls")
+def test_the_memory_is_the_same_whether_blocks_stay_on_the_device_or_go_to_the_disk(
+    model: Path, long_text: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    loaded = load_model(str(model), device="cpu")
+    reader.read_texts(*loaded, Sources([str(long_text)]), tmp_path / "memory", mapped=False, saved_every=0)
+    assert files(tmp_path / "memory") == undisturbed
 
 
 @pytest.fixture
