@@ -17,7 +17,6 @@ Rows go to `--output`, failures to a file beside it. A Markdown table of them is
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -105,15 +104,18 @@ def measure(
     model = load_model(model_args, config, DENSE if tier == DENSE else "landmark")
     text = _text(model_args, config, args, length + args.question)
     warm = LandmarkCache(config) if tier != DENSE else DynamicCache(config=model.config)
-    model(text[:, :1024], past_key_values=warm, logits_to_keep=1)
+    model(text[:, :1024].long(), past_key_values=warm, logits_to_keep=1)
     before, memory = process_peak(), PeakMemory(model_args.device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         cache = _cache(model, tier, budget << 20, folder)
+        if tier != DENSE:  # so that landmarks never move, which would hold them twice
+            ordinary = length + args.question + args.answer
+            cache.expect(ordinary + ordinary // (config.block_size - 1))
         watch = Stopwatch(model_args.device)
         for piece in text[:, :length].split(args.piece, dim=1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece.long(), past_key_values=cache, use_cache=True, logits_to_keep=1)
         read = watch.lap()
-        token = text[:, length:]
+        token = text[:, length:].long()
         for _ in range(args.answer):
             logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1:].argmax(-1)
@@ -133,12 +135,13 @@ def measure(
 
 
 def _text(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Arguments, length: int) -> Tensor:
-    """(1, length) ids: random ones, or of the file, repeated as often as is needed."""
+    """(1, length) ids, int32: random ones, or of the file, repeated as often as is needed."""
     if args.text is None:
-        return random_text(model_args, config, length)
+        return random_text(model_args, config, length).int()
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     ids = tokenizer(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor([list(itertools.islice(itertools.cycle(ids), length))], device=model_args.device)
+    ids = torch.tensor([ids], dtype=torch.int32, device=model_args.device)
+    return ids.repeat(1, -(-length // ids.shape[1]))[:, :length].clone()
 
 
 def _cache(model: PreTrainedModel, tier: str, budget: int, folder: str) -> Cache:
@@ -186,7 +189,7 @@ def overlap(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Argum
     """The share of a query block's choices that the one before it made, too, by layer whose output is computed."""
     model = load_model(model_args, config, "landmark")
     cache = LandmarkCache(config, storage=ObservedStorage)
-    model(_text(model_args, config, args, args.overlap_length), past_key_values=cache, logits_to_keep=1)
+    model(_text(model_args, config, args, args.overlap_length).long(), past_key_values=cache, logits_to_keep=1)
     storages = [storage for storage in cache.storages if storage.chosen]
     return {"overlap": [round(storage.repeated / storage.chosen, 4) for storage in storages]}
 

@@ -278,7 +278,7 @@ def test_the_reading_kernels_are_not_given_what_they_do_not_know(monkeypatch: py
     pooled = tiny_model(landmark_key="pooled")(random_ids(1, 60), use_cache=True).past_key_values.storages[0]
     plain = tiny_model()(random_ids(1, 60), use_cache=True).past_key_values.storages[0]
     for storage in (pooled, plain):
-        storage.key = SimpleNamespace(is_cuda=True, shape=storage.key.shape)  # as if on a GPU
+        storage.key = SimpleNamespace(device=torch.device("cuda"), dtype=storage.dtype, shape=storage.key.shape)
     rotary = tiny_model().model._rotary_table(torch.device("cpu"))
     assert not table.kernels_take(pooled, torch.float32, rotary)
     assert not table.kernels_take(plain, torch.float32, rotary, torch.zeros(1))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,52 +108,75 @@ def choose_blocks(
         repeated: knows which of the landmarks are equal; where many are, each is scored once.
         num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
     """
-    k, kv_heads, queries = rotated.shape[-2] - 1, rotated.shape[1], rotated.shape[4]
+    k, queries = rotated.shape[-2] - 1, rotated.shape[4]
     if granularity == "head" and queries == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
-    fewest, ends = int(candidates.min()) - k, candidates.amax(0).clamp_min(1).tolist()
-    groups = None
-    alone = granularity != "token" and not landmarks_tie and not num_sink_blocks
-    if repeated is not None and alone and biases is None and fewest > 0:
-        groups = repeated.groups(landmarks[:, :, :fewest], k)
-    many = fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM and rotated.device.type == "cpu"
-    many = many and alone and groups is None
-    if many and kv_heads > 1:
-        heads = [
-            choose_blocks(
-                rotated[:, head : head + 1],
-                landmarks[:, head : head + 1],
-                candidates,
-                valid,
-                biases=None if biases is None else biases[:, head : head + 1],
-                **settings,
-            )
-            for head in range(kv_heads)
-        ]
-        return Choice(*(torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)))
-    landmarks = landmarks.to(rotated.dtype)
-    shared, scored, far = {"k": k, "exponentials": granularity == "head"}, 0, None
-    if groups is not None:
-        scored, far = groups.blocks - len(groups.count), functools.partial(highest_of_groups, groups=groups, **shared)
-    elif many:
-        keys, bias = landmarks.flatten(0, 1), None if biases is None else biases.flatten(0, 1)
-        far = functools.partial(highest_of_many, key=keys, tiles=in_tiles(keys[:, :fewest]), bias=bias, **shared)
+    fewest, highest = int(candidates.min()) - k, None
+    if granularity != "token" and not landmarks_tie and not num_sink_blocks and rotated.device.type == "cpu":
+        shared = {"k": k, "exponentials": granularity == "head"}
+        groups = repeated.groups(landmarks[:, :, : max(fewest, 0)], k) if repeated and biases is None else None
+        if groups is not None:
+            highest = functools.partial(highest_of_groups, groups=groups, **shared)
+        elif fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM:
+            if rotated.shape[1] > 1:
+                return _choose_head_by_head(rotated, landmarks, candidates, valid, biases, settings)
+            key, bias = landmarks.to(rotated.dtype).flatten(0, 1), None if biases is None else biases.flatten(0, 1)
+            highest = functools.partial(highest_of_many, key=key, tiles=in_tiles(key[:, :fewest]), bias=bias, **shared)
+    landmarks, parts = landmarks.to(rotated.dtype), []
+    if highest is None:
+        block = _choose_by_parts(rotated, landmarks, biases, candidates, valid, settings)
+    else:
+        at_once = max(1, TILE_QUERIES // queries)
+        for first in range(0, candidates.shape[1], at_once):
+            part = slice(first, first + at_once)
+            asked = rotated[:, :, :, part], landmarks, biases, candidates[:, part], valid[:, part]
+            block = _choose_of_many(*asked, granularity, highest)
+            parts.append(_choose_by_parts(*asked, settings) if block is None else block)
+        block = torch.cat(parts, dim=3)
+    return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
+
+
+def _choose_head_by_head(
+    rotated: Tensor,
+    landmarks: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    biases: Tensor | None,
+    settings: dict[str, Any],
+) -> Choice:
+    """As `choose_blocks`, so that more queries meet the same landmarks at once."""
+    choices = []
+    for head in range(rotated.shape[1]):
+        alone = slice(head, head + 1)
+        bias = None if biases is None else biases[:, alone]
+        choices.append(
+            choose_blocks(rotated[:, alone], landmarks[:, alone], candidates, valid, biases=bias, **settings)
+        )
+    return Choice(*(torch.cat(parts, dim=1) for parts in zip(*choices, strict=True)))
+
+
+def _choose_by_parts(
+    rotated: Tensor,
+    landmarks: Tensor,
+    biases: Tensor | None,
+    candidates: Tensor,
+    valid: Tensor,
+    settings: dict[str, Any],
+) -> Tensor:
+    """The blocks of `Choice`, as many groups at once as `SCORES_AT_ONCE` lets."""
+    k, ends = rotated.shape[-2] - 1, candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
     first = 0
     while first < len(ends):
-        columns = 2 * k if landmarks_tie else k + ends[first] - scored
-        at_once = TILE_QUERIES // queries if many else SCORES_AT_ONCE // (scores_per_landmark * columns)
-        part = slice(first, first + max(1, at_once))
+        columns = 2 * k if settings["landmarks_tie"] else k + ends[first]
+        part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
         last = max(ends[part])  # later ones are nobody's candidates
         shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
-        asked = rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part]
-        block = None if far is None else _choose_of_many(*asked, granularity, far)
-        parts.append(_choose(*asked, **settings) if block is None else block)
+        parts.append(_choose(rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part], **settings))
         first = part.stop
-    block = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
-    return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
+    return torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
 
 
 def _choose(
@@ -225,8 +248,9 @@ def _choose_of_many(
     far = highest(rotated[..., 0, :].flatten(0, 1).flatten(1, 3))
     many = far.scored
     far = Highest(*(x if isinstance(x, int | None) else x.view(*rotated.shape[:5], -1) for x in far))
+    near = slice(many, int(candidates.max()))
     rest, block_of_first = _scores(
-        rotated, landmarks[:, :, many:], None if biases is None else biases[:, :, many:], candidates - many
+        rotated, landmarks[:, :, near], None if biases is None else biases[:, :, near], candidates - many
     )
     value, column = top_latest(rest, k)
     total = rest.exp_().sum(-1, keepdim=True) if shared else None

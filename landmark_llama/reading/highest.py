@@ -27,6 +27,7 @@ def top_latest(scores: Tensor, k: int, nothing: float = -torch.inf) -> tuple[Ten
     """
     if not k:
         return scores[..., :0], torch.zeros_like(scores[..., :0], dtype=torch.long)
+    # values, indices: (..., k + 1)
     values, indices = _top_folded(scores, k + 1) if scores.shape[-1] >= FOLDED_FROM else scores.topk(k + 1, dim=-1)
     tied = values[..., k - 1] == values[..., k]
     if tied.any():

@@ -15,7 +15,7 @@ from torch import Tensor
 from landmark_llama.reading.highest import Highest, top_latest
 
 FROM_BLOCKS = 4096  # before, grouping saves little
-FEWER = 8  # times fewer groups than blocks are worth their scoring
+FEWER = 3  # times fewer groups than blocks are worth their scoring
 HOPELESS_FROM = 8192  # groups, if blocks are not so many times more: the text does not repeat itself
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 GROWTH, LARGEST_GROWTH = 8, 1 << 28  # a tier grows by an eighth, or by so many bytes, or by what is needed
-MAPPED_BYTES = 1 << 26  # read through a mapping before its pages leave the process: they count as its memory
+MAPPED_BYTES = 1 << 24  # read through a mapping before its pages leave the process: they count as its memory
 
 
 class TierError(OSError):
