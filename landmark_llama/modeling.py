@@ -165,8 +165,8 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
             warn_of_frozen_landmark(self)
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         if not (self.training or output_hidden_states or self._records_steps(cache)):
-            rotary = self._rotary_table(content.device)
-            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval, rotary)
+            where = attention_mask, position_ids, cache, retrieval, self._rotary_table(content.device)
+            step = DecodingStep.of(self.config, content, *where)
             if step is not None:
                 last = self._decode(content, step, logits_to_keep)
                 return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
@@ -234,6 +234,7 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
         states = self._through_layers(self._embed(content, step.source), step, self._rotary_table(content.device))
         step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
+        step.cache.read_by(self, step.settings)
         return self.norm(_take(states, keep(step.output, logits_to_keep)))
 
     def _through_layers(

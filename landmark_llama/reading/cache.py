@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
+from landmark_llama.reading.saved import SavedMixin
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
 
@@ -52,7 +53,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
         return -1
 
 
-class LandmarkCache(Cache):
+class LandmarkCache(SavedMixin, Cache):
     """Keys, values and landmarks of everything a batch has read, by row, layer and block.
 
     Rows are independent: each one's tokens are numbered from its first real one, and what `attention_mask` hides is
@@ -72,6 +73,7 @@ class LandmarkCache(Cache):
         model(first_ids, past_key_values=cache)                              # reads, in calls of any length
         model.generate(all_ids, past_key_values=cache, max_new_tokens=20)    # goes on where the cache ends
         cache.crop(-20)                                                      # forgets the last 20 columns
+        cache.save("novel")                                                  # LandmarkCache.load("novel", model)
     """
 
     def __init__(
@@ -93,6 +95,12 @@ class LandmarkCache(Cache):
         super().__init__(layers=self._new_layers(config.num_hidden_layers))
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
+        self._saved: Tensor | int = 0  # (batch,): of them, those of a saved memory, which stand before all columns
+
+    @property
+    def ordinary_counts(self) -> Tensor | None:
+        """Ordinary tokens each row has seen, (batch,), on the CPU; None before the first call."""
+        return self._ordinary
 
     @property
     def storages(self) -> list[BlockStorage]:
@@ -108,6 +116,11 @@ class LandmarkCache(Cache):
                 f"the cache holds {len(self._real)} rows, input_ids has {batch}: use one cache for one batch"
             )
         return self._ordinary
+
+    def begin_after(self, ordinary: Tensor) -> None:
+        """Begins at column 0 behind `ordinary` (batch,) tokens, which the storages hold already."""
+        self._real = torch.zeros(len(ordinary), 0, dtype=torch.bool)
+        self._saved = self._ordinary = ordinary
 
     def expect(self, positions: int) -> None:
         """Announces that the longest row will soon hold `positions` landmarked positions."""
@@ -138,13 +151,14 @@ class LandmarkCache(Cache):
         if self._real is not None:
             # what is stored beyond a row's length is never read, and overwritten by what comes next
             self._real = self._real[:, :keep]
-            self._ordinary = self._real.sum(1)
+            self._ordinary = self._real.sum(1) + self._saved
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         if self._real is not None:
             self._real, self._ordinary = self._real[beam_idx.cpu()], self._ordinary[beam_idx.cpu()]
+            self._saved = self._saved if isinstance(self._saved, int) else self._saved[beam_idx.cpu()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps rows `indices`, in that order."""
@@ -159,7 +173,7 @@ class LandmarkCache(Cache):
         """Forgets everything."""
         number, self.layers = len(self.layers), []  # dropped first: new ones may need their room
         self.layers = self._new_layers(number)
-        self._real = self._ordinary = None
+        self._real, self._ordinary, self._saved = None, None, 0
 
     def _new_layers(self, number: int) -> list[LandmarkCacheLayer]:
         storages = [self._make_storage(self.block_size) for _ in range(number)]

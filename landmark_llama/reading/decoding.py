@@ -25,6 +25,7 @@ from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, with_sinks
 from landmark_llama.reading.highest import top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
+from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.documents import find_documents
 
 
@@ -153,8 +154,11 @@ class DecodingStep:
             scores[..., -1] = torch.linalg.vecdot(scoring, key[..., -1, :].to(scoring.dtype))
         if self.pooled and not self.settings.exact_weights:
             scores[..., -1] += storage.gather_biases(block)
-        weights = self._weights(scores, table < 0).flatten(-2)
-        output = (weights.unsqueeze(-2) @ value.to(weights.dtype).flatten(-3, -2)).squeeze(-2)
+        weights, shares = self._weights(scores, table < 0)
+        if self.candidates is not None and (found := recorder()) is not None:
+            row, k = torch.arange(len(table)), self.settings.num_retrieved_blocks
+            found.add(layer_idx, *(x[row, :, :, self.output[:, 0], :k] for x in (table, shares)))
+        output = (weights.flatten(-2).unsqueeze(-2) @ value.to(weights.dtype).flatten(-3, -2)).squeeze(-2)
         return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
 
     def _choose(self, query: Tensor, storage: BlockStorage, landmarks_tie: bool) -> Tensor:
@@ -194,8 +198,8 @@ class DecodingStep:
             chosen = with_sinks(chosen, sinks, candidates.number.view(-1, 1, 1, 1, 1))
         return chosen.sort(-1).values
 
-    def _weights(self, scores: Tensor, none: Tensor) -> Tensor:
-        """Weights of the positions of a table of blocks, the own one last; 0 for landmarks.
+    def _weights(self, scores: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the positions of a table of blocks, the own one last, 0 for landmarks; and of the blocks.
 
         Args:
             scores: (batch, kv_heads, group, columns, blocks, block_size).
@@ -205,7 +209,8 @@ class DecodingStep:
         # a block's logit: its landmark's score, or for the own block the logsumexp of its tokens
         own = tokens[..., -1, :].logsumexp(-1, keepdim=True)
         logit = torch.cat([scores[..., :-1, -1], own], dim=-1).masked_fill(none, -torch.inf)
-        return tokens.softmax(-1) * logit.softmax(-1).unsqueeze(-1)
+        shares = logit.softmax(-1)
+        return tokens.softmax(-1) * shares.unsqueeze(-1), shares
 
 
 class Places(NamedTuple):

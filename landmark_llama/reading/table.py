@@ -22,6 +22,7 @@ from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_dista
 from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage, Prior
+from landmark_llama.reading.trace import Report, report_of_chunk
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Table:
             landmarks_tie=layer_idx == 0 and not self.pooled,
             kernels=self.kernels,
             landmark_query=None if landmark_query is None else landmark_query.unflatten(2, by_kv_head),
+            report=report_of_chunk(layer_idx, self.groups, self.storages[layer_idx], self.settings.exact_weights),
         ).flatten(2, 3)
 
     def fill_cache_only(
@@ -118,6 +120,7 @@ def attend_through_table(
     exact_weights: bool = False,
     kernels: bool = True,
     landmark_query: Tensor | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
 
@@ -128,16 +131,17 @@ def attend_through_table(
         exact_weights: blocks weigh what their tokens do, whatever their landmarks score.
         kernels: use the GPU kernels where they can run. False: PyTorch.
         landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
+        report: is told what was chosen, by PyTorch.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
-    if exact_weights and query.device.type == "cpu":
+    if exact_weights and report is None and query.device.type == "cpu":
         how = {**shared, "num_sink_blocks": num_sink_blocks, "rotary": rotary, "scale": scale}
         return attend_exact_table(query, landmark_query, storage, groups, **how)
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels and kernels_take(storage, query.dtype, rotary)
+    kernels = kernels and report is None and kernels_take(storage, query.dtype, rotary)
     grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
@@ -155,6 +159,8 @@ def attend_through_table(
     if kernels:
         return _attend_with_kernels(query, landmark_query, storage, groups, choice, exact=exact_weights, **settings)
     output, lse = _attend_direct(grouped, scoring, storage, groups, exact_weights=exact_weights, **settings)
+    if report is not None:
+        report(choice, rotated if rotated_scoring is None or exact_weights else rotated_scoring, lse)
     if choice is not None:
         output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage, exact_weights)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
