@@ -1,8 +1,9 @@
 # make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
+# make smollm2 a real chat model, SmolLM2-135M, reads 32,768 tokens beside its dense self (docs/smollm2.md)
 # make test    the whole test suite
 # make lint    ruff's checks, and the order of imports
 # make base    trains the dense model that the demo starts from (finetune/tiny_base), into runs/tiny_base_3_context
-# make clean   removes the demo's results and the virtual environment
+# make clean   removes the results of both, and the virtual environment
 #
 # Each target sets itself up: a virtual environment in .venv with the versions of constraints.txt, made once and again
 # only when these files change. `make demo PYTHON=python3.12` takes another Python (3.10 to 3.13).
@@ -18,13 +19,15 @@ DEMO_REPORT := runs/passkey
 TASKS := passkey passkey:once passkey:text multi_key:4
 LENGTHS := 512 1024 4096 32768
 
+SMOLLM2_OUTPUT := runs/smollm2
+
 # one process, and neither a question nor a warning about the settings that were not given
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 # Two processes of one thread train a small model half as fast again as one of two threads. (`--multi_gpu` is accelerate's
 # word for several processes on a machine, whether it has GPUs or not.)
 TWO_PROCESSES := --multi_gpu --num_processes 2
 
-.PHONY: demo test lint base clean
+.PHONY: demo smollm2 test lint base clean
 
 demo: $(DEMO)/metrics.json
 	$(BIN)/python eval_passkey/run.py --model $(DEMO) --baseline finetune/tiny_base \
@@ -36,6 +39,9 @@ demo: $(DEMO)/metrics.json
 $(DEMO)/metrics.json: | $(READY)
 	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny.yaml --per_device_train_batch_size 8 \
 		--output_dir $(DEMO)
+
+smollm2: $(READY)
+	$(BIN)/python examples/smollm2/run.py --output $(SMOLLM2_OUTPUT) $(if $(SMOLLM2),--package $(SMOLLM2)) $(SMOLLM2_FLAGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -57,7 +63,7 @@ base: $(READY)
 		--per_device_train_batch_size 4 --overwrite_output_dir
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(DEMO_REPORT)
+	rm -rf $(VENV) $(DEMO) $(DEMO_REPORT) $(SMOLLM2_OUTPUT)
 
 $(READY): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'

@@ -9,22 +9,56 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.models import LANDMARK, ModelArguments, load_model, random_text
-from landmark_llama import LandmarkCache, LandmarkLlamaConfig, landmark_attention
+from benchmarks.models import LANDMARK, ModelArguments, landmark_config, load_model, random_text
+from landmark_llama import LandmarkCache, landmark_attention
 from landmark_llama.attention import landmark_attention_reference
+from landmark_llama.configuration import LandmarkConfig
 
 UNEVEN = (37, 1, 64, 5)  # lengths of the calls that a text is cut into, in turn
 # Rounding may choose either of two blocks whose scores are nearly equal. So one of several texts must come out right.
 TEXTS = 3
+# What the definition in float64 has room for: its memory grows with heads and with the square of the window.
+CHECKED_HEADS, CHECKED_LAYERS, CHECKED_WIDTH, CHECKED_WINDOW = 4, 2, 1024, 1024
+
+
+def checked_shape(args: ModelArguments, config: LandmarkConfig) -> tuple[ModelArguments, LandmarkConfig]:
+    """What is checked in place of a model: the same kind of heads, blocks and retrieval, few of them.
+
+    A checkpoint (`--model`) no wider than `CHECKED_WIDTH`, with a window of at most `CHECKED_WINDOW`, is checked as it
+    is. For a larger one, and for random weights, which are all alike, a small model with random weights stands.
+    """
+    if args.model and config.hidden_size <= CHECKED_WIDTH and config.train_context_length <= CHECKED_WINDOW:
+        return args, config
+    settings = config.retrieval()
+    heads = min(config.num_attention_heads, CHECKED_HEADS)
+    table = (settings.num_retrieved_blocks + settings.num_direct_blocks + 2) * config.block_size
+    shape = {
+        "vocab_size": min(config.vocab_size, 1024),
+        "hidden_size": heads * config.head_dim,
+        "intermediate_size": 2 * heads * config.head_dim,
+        "layers": min(config.num_hidden_layers, CHECKED_LAYERS),
+        "heads": heads,
+        "kv_heads": max(1, heads * config.num_key_value_heads // config.num_attention_heads),
+        "head_dim": config.head_dim,
+        "block_size": config.block_size,
+        "train_context_length": min(config.train_context_length, max(CHECKED_WINDOW, table)),
+        "num_retrieved_blocks": settings.num_retrieved_blocks,
+        "num_local_blocks": settings.num_direct_blocks,
+    }
+    small = replace(args, model=None, **shape)
+    checked = landmark_config(small, settings.granularity)
+    checked.landmark_key, checked.landmark_query_rank = config.landmark_key, config.landmark_query_rank
+    return small, checked
 
 
 def check_attention(
-    args: ModelArguments, config: LandmarkLlamaConfig, attention: Callable[..., Tensor] | None = None
+    args: ModelArguments, config: LandmarkConfig, attention: Callable[..., Tensor] | None = None
 ) -> str | None:
     """Compares `attention` (default: the library's) with the definition: outputs and gradients over one window."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -52,7 +86,7 @@ def check_attention(
 
 
 @torch.inference_mode()
-def check_reading(args: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
+def check_reading(args: ModelArguments, config: LandmarkConfig) -> str | None:
     """Compares texts read through a cache with the same texts read in another way.
 
     1. A text that fits the block table must give the logits of one forward over all of it.

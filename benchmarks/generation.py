@@ -17,7 +17,6 @@ includes LLaMA's fields. It returns a causal language model with transformers' i
 
 from __future__ import annotations
 
-import copy
 import functools
 import statistics
 import sys
@@ -32,7 +31,8 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, HfArgumentParser, PreTrainedModel, StaticCache
 
-from benchmarks.checks import check_attention, check_reading
+from benchmarks.checks import check_attention, check_reading, checked_shape
+from benchmarks.fitting import longest_fitting, memory_of
 from benchmarks.measure import (
     MeasurementFailed,
     PeakMemory,
@@ -56,9 +56,9 @@ from benchmarks.models import (
     random_text,
     shape_of,
 )
-from landmark_llama import LandmarkCache, LandmarkLlamaConfig
+from landmark_llama import LandmarkCache
+from landmark_llama.configuration import LandmarkConfig
 
-CHECKED_LAYERS = 4  # random layers are all alike, and many large ones do not fit twice in float64
 QUANTITIES = ("prefill_seconds", "decode_ms_per_token", "peak_memory_mib")
 
 
@@ -82,6 +82,9 @@ class Arguments:
     against: str = field(default="", metadata={"help": "Another model to measure, as module:function."})
     cuda_graphs: bool = field(
         default=False, metadata={"help": "Whether the landmark model replays its decoding steps as CUDA graphs."}
+    )
+    fit_memory: bool = field(
+        default=False, metadata={"help": "Whether prompts too long for the device's memory are cut to what fits."}
     )
     slow_seconds: float = field(default=60.0, metadata={"help": "A prompt that takes longer is read only once."})
     warmup_tokens: int = field(
@@ -110,7 +113,7 @@ class Arguments:
 
 def measure(
     args: ModelArguments,
-    config: LandmarkLlamaConfig,
+    config: LandmarkConfig,
     implementation: str,
     length: int,
     batch_size: int,
@@ -242,16 +245,27 @@ class GenerationBenchmark:
         with tqdm(total=rounds, unit="run", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
             right = [name for name in self.configs if not name.startswith(LANDMARK) or self._is_right(name)]
             bar.total = len(self.args.lengths) * self.args.repetitions * len(right)
-            for length in self.args.lengths:
+            for length in self._fitting_lengths() if self.args.fit_memory else self.args.lengths:
                 self._measure_length(length, right, bar)
 
+    def _fitting_lengths(self) -> list[int]:
+        """The lengths, those too long for the memory cut to what fits."""
+        config, memory = next(iter(self.configs.values())), memory_of(self.model.device)
+        shape = (config, self.model.torch_dtype, self.args.batch_size, memory)
+        lengths = [longest_fitting(length, *shape, dense=self.args.dense) for length in self.args.lengths]
+        for length, fitting in zip(self.args.lengths, lengths, strict=True):
+            if fitting < length:
+                has = f"--lengths {length}: {memory / 2**30:.1f} GiB of memory have room for {fitting} tokens"
+                if not fitting:
+                    self.results.add_failure({"implementation": None, "length": length}, has)
+                tqdm.write(f"{has}, which are measured instead" if fitting else has, file=sys.stderr)
+        return sorted(set(lengths) - {0})
+
     def _is_right(self, implementation: str) -> bool:
-        config = copy.deepcopy(self.configs[implementation])
-        if self.model.model is None:
-            config.num_hidden_layers = min(config.num_hidden_layers, CHECKED_LAYERS)
+        shape = checked_shape(self.model, self.configs[implementation])
         try:
             for check in (check_attention, check_reading):
-                problem = isolated(check, self.model, config, threads=self.model.threads)
+                problem = isolated(check, *shape, threads=self.model.threads)
                 if problem:
                     raise MeasurementFailed(f"not measured, its result is wrong: {problem}")
         except MeasurementFailed as error:
@@ -260,11 +274,12 @@ class GenerationBenchmark:
         return True
 
     def _measure_length(self, length: int, implementations: list[str], bar: tqdm) -> None:
+        """Measures one length. An implementation's rows are written when its last repetition is done."""
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in implementations}
         failed: set[str] = set()
-        for repetition in range(self.args.repetitions):
-            # alternating order, so that no implementation always runs after the same one
-            for name in implementations if repetition % 2 == 0 else implementations[::-1]:
+        for left in reversed(range(self.args.repetitions)):
+            # alternating order, so that no implementation always runs after the same one; the dense model ends first
+            for name in implementations if left % 2 == 0 else implementations[::-1]:
                 bar.set_postfix_str(f"{length} tokens, {name}", refresh=sys.stderr.isatty())
                 slow = any(one["prefill_seconds"] > self.args.slow_seconds for one in measured[name])
                 if name not in failed and not slow:
@@ -273,20 +288,26 @@ class GenerationBenchmark:
                     except MeasurementFailed as error:
                         failed.add(name)
                         self._fail(name, length, error)
+                if not left and name not in failed:
+                    self._add_rows(name, length, measured[name], [] if DENSE in failed else measured.get(DENSE, []))
                 bar.update()
-        done = {name: ones for name, ones in measured.items() if name not in failed}
-        if DENSE in done:
-            static = [one["static"] for one in done[DENSE] if "static" in one]
-            done = {DENSE: done[DENSE], DENSE_STATIC: static, **done}
+
+    def _add_rows(
+        self, implementation: str, length: int, measured: list[dict[str, Any]], dense: list[dict[str, Any]]
+    ) -> None:
+        """Writes what was measured of one implementation. `dense`: what was measured of the dense model."""
+        static = [one["static"] for one in dense if "static" in one]
         for quantity in QUANTITIES:
-            shown = {name: [one for one in ones if quantity in one] for name, ones in done.items()}
-            medians = {
-                name: statistics_of([x[quantity] for x in ones])["median"] for name, ones in shown.items() if ones
-            }
             # what a user would run: the dense model at its fastest
-            baseline = min((medians[name] for name in (DENSE, DENSE_STATIC) if name in medians), default=None)
-            for name in medians:
-                self._add_row(quantity, name, length, shown[name], baseline)
+            medians = [
+                statistics_of([one[quantity] for one in ones])["median"]
+                for ones in (dense, static)
+                if ones and quantity in ones[0]
+            ]
+            baseline = min(medians, default=None)
+            self._add_row(quantity, implementation, length, measured, baseline)
+            if implementation == DENSE and static and quantity in static[0]:
+                self._add_row(quantity, DENSE_STATIC, length, static, baseline)
 
     def _measure_once(self, name: str, length: int) -> dict[str, Any]:
         args = self.args

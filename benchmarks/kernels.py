@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 # The repository root replaces this folder on the path. So the script runs from anywhere, and transformers does not take
 # the kernels.py here for the package `kernels`.
@@ -34,10 +34,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
 
-from benchmarks.checks import check_attention, check_reading
+from benchmarks.checks import check_attention, check_reading, checked_shape
 from benchmarks.measure import PeakMemory, ResultsFile, Stopwatch, exit_with, imported, machine, statistics_of, versions
 from benchmarks.models import AGAINST, LANDMARK, ModelArguments, landmark_config
 from landmark_llama import landmark_attention
+from landmark_llama.attention import availability
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.groups import CHUNK_POSITIONS, QueryGroups
 from landmark_llama.reading.storage import DeviceStorage
@@ -45,7 +46,6 @@ from landmark_llama.reading.table import attend_through_table
 
 FLASH, CUDNN = "flash", "cudnn"
 GRANULARITIES = ("head", "token_and_head")
-DEVICE = "cuda"
 SHAPE = ("heads", "kv_heads", "head_dim", "block_size", "num_retrieved_blocks", "num_local_blocks")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -71,6 +71,10 @@ class Arguments:
     repetitions: int = field(default=20, metadata={"help": "Calls measured per implementation."})
     warmup: int = field(default=3, metadata={"help": "Calls per implementation before the clock starts."})
     against: str = field(default="", metadata={"help": "Another landmark attention, as module:function."})
+    device: str = field(default="cuda", metadata={"help": "A GPU: cuda, cuda:1, ..."})
+    rate_size: int = field(
+        default=8192, metadata={"help": "Rows of the square matrices whose product measures the GPU's rate."}
+    )
     output: str = field(
         default=str(Path(__file__).parent / "results" / "kernels-gpu.jsonl"),
         metadata={"help": "File that rows are added to."},
@@ -120,14 +124,14 @@ class Rates(NamedTuple):
         return max(operations / self.operations_per_second, moved / self.bytes_per_second)
 
 
-def measure_rates(dtype: torch.dtype) -> Rates:
+def measure_rates(args: Arguments) -> Rates:
     """The rates of a large matrix product and of a large copy."""
-    size = 8192
-    x, y = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    source = torch.empty(2**30, device=DEVICE, dtype=torch.uint8)
+    size = args.rate_size
+    x, y = (torch.randn(size, size, device=args.device, dtype=args.torch_dtype) for _ in range(2))
+    source = torch.empty(16 * size**2, device=args.device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = statistics_of(_time({"": lambda: x @ y}, 20, 3)[""])["median"]
-    copy = statistics_of(_time({"": lambda: target.copy_(source)}, 20, 3)[""])["median"]
+    calls = {"product": lambda: x @ y, "copy": lambda: target.copy_(source)}
+    product, copy = (statistics_of(x)["median"] for _, x in _time(args.device, calls, 20, 3))
     return Rates(2 * size**3 / product, 2 * source.numel() / copy)
 
 
@@ -150,19 +154,25 @@ def _dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Te
         )
 
 
-def _time(calls: dict[str, Callable[[], object]], repetitions: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repetitions` times. The calls take turns, in alternating order."""
+def _time(
+    device: str, calls: dict[str, Callable[[], object]], repetitions: int, warmup: int
+) -> Iterator[tuple[str, list[float]]]:
+    """The name and the seconds of each call, `repetitions` times, given as soon as its last one is done.
+
+    The calls take turns, in alternating order; the first one ends first.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(warmup):
             call()
-    for repetition in range(repetitions):
+    for left in reversed(range(repetitions)):
         order = list(calls.items())
-        for name, call in order if repetition % 2 == 0 else order[::-1]:
-            watch = Stopwatch(DEVICE)
+        for name, call in order if left % 2 == 0 else order[::-1]:
+            watch = Stopwatch(device)
             call()
             seconds[name].append(watch.lap())
-    return seconds
+            if not left:
+                yield name, seconds[name]
 
 
 def _forward(attend: Attention, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
@@ -177,28 +187,30 @@ def _forward_backward(attend: Attention, inputs: tuple[Tensor, ...], grad: Tenso
 def measure(args: Arguments, length: int, attentions: dict[str, Attention], rates: Rates, results: ResultsFile) -> None:
     """Times one length and adds its rows. An implementation that cannot run is recorded as a failure."""
     batch = max(1, args.tokens // length)
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
     query, key, value, grad = (
-        torch.randn(batch, heads, length, args.head_dim, generator=generator, device=DEVICE, dtype=args.torch_dtype)
+        torch.randn(
+            batch, heads, length, args.head_dim, generator=generator, device=args.device, dtype=args.torch_dtype
+        )
         for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
     )
     inputs = tuple(x.requires_grad_() for x in (query, key, value))
-    where = {"length": length, "batch": batch}
-    memory, able = {}, {}
+    rows, able = _Rows(results, {"length": length, "batch": batch}), {}
     for name, attend in attentions.items():
         try:
             _forward_backward(attend, inputs, grad)  # compiles
-            peak = PeakMemory(DEVICE)
+            peak = PeakMemory(args.device)
             _forward_backward(attend, inputs, grad)
-            memory[name], able[name] = peak.mib(), attend
         except (RuntimeError, ValueError) as error:
-            results.add_failure({"implementation": name, **where}, str(error).strip().splitlines()[0])
+            rows.fail(name, error)
+        else:
+            able[name] = attend
+            rows.add("peak_memory_mib", name, [peak.mib()])
     for quantity, step in (("forward_seconds", _forward), ("forward_backward_seconds", _forward_backward)):
         calls = {name: partial(step, attend, inputs, grad) for name, attend in able.items()}
-        seconds = {name: statistics_of(x) for name, x in _time(calls, args.repetitions, args.warmup).items()}
         floor = rates.floor(args, length, batch, backward=step is _forward_backward)
-        _add(results, quantity, where, seconds, dict.fromkeys(seconds, floor))
-    _add(results, "peak_memory_mib", where, {name: statistics_of([mib]) for name, mib in memory.items()}, {})
+        for name, seconds in _time(args.device, calls, args.repetitions, args.warmup):
+            rows.add(quantity, name, seconds, floor)
 
 
 class Reader:
@@ -222,13 +234,13 @@ class Reader:
                     chunked=False,
                     share=granularity == "head",
                     block_size=args.block_size,
-                ).to(torch.device(DEVICE)),
+                ).to(torch.device(args.device)),
             )
             for start in range(0, length, step)
         ]
         positions = (args.num_retrieved_blocks + 2 + args.num_local_blocks + tile) * args.block_size
         angle = torch.arange(positions).unsqueeze(1) * 1e4 ** -torch.linspace(0, 1, args.head_dim // 2)
-        self.rotary = RotaryTable(angle.cos(), angle.sin()).to(torch.device(DEVICE))
+        self.rotary = RotaryTable(angle.cos(), angle.sin()).to(torch.device(args.device))
 
     @torch.no_grad()
     def __call__(self, query: Tensor) -> None:
@@ -249,9 +261,9 @@ class Reader:
 
 def measure_reading(args: Arguments, length: int, granularities: list[str], rates: Rates, results: ResultsFile) -> None:
     """Times the attention of one prompt and adds its rows."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
     query, key, value = (
-        torch.randn(1, heads, length, args.head_dim, generator=generator, device=DEVICE, dtype=args.torch_dtype)
+        torch.randn(1, heads, length, args.head_dim, generator=generator, device=args.device, dtype=args.torch_dtype)
         for heads in (args.heads, args.kv_heads, args.kv_heads)
     )
     calls: dict[str, Callable[[], object]] = {
@@ -260,64 +272,69 @@ def measure_reading(args: Arguments, length: int, granularities: list[str], rate
     }
     for granularity in granularities:
         calls[f"{LANDMARK} {granularity}"] = partial(Reader(args, length, granularity, key, value), query)
-    where = {"length": length, "batch": 1}
+    rows = _Rows(results, {"length": length, "batch": 1})
     for name, call in list(calls.items()):
         try:
             call()  # compiles
         except (RuntimeError, ValueError) as error:
-            results.add_failure({"implementation": name, **where}, str(error).strip().splitlines()[0])
+            rows.fail(name, error)
             del calls[name]
-    seconds = {name: statistics_of(x) for name, x in _time(calls, args.repetitions, args.warmup).items()}
     dense, sparse = rates.floor(args, length, 1, backward=False), rates.reading_floor(args, length)
-    floors = {name: sparse if name.startswith(LANDMARK) else dense for name in seconds}
-    _add(results, "reading_seconds", where, seconds, floors)
+    for name, seconds in _time(args.device, calls, args.repetitions, args.warmup):
+        rows.add("reading_seconds", name, seconds, sparse if name.startswith(LANDMARK) else dense)
 
 
-def _add(
-    results: ResultsFile,
-    quantity: str,
-    where: dict[str, int],
-    figures: dict[str, dict[str, Any]],
-    floors: dict[str, float],
-) -> None:
-    """Adds a row for each implementation. `floors`: the least seconds it can take, if known."""
-    flash = figures.get(FLASH, {}).get("median")
-    for name, row in figures.items():
+class _Rows:
+    """The rows of one length, each written as it is measured. `where`: fields of all of them."""
+
+    def __init__(self, results: ResultsFile, where: dict[str, int]) -> None:
+        self._results, self._where = results, where
+        self._flash: dict[str, float] = {}  # medians by quantity; flash attention is measured first
+
+    def add(self, quantity: str, name: str, values: list[float], floor: float | None = None) -> None:
+        """Adds a row. `floor`: the least seconds it can take, if known."""
+        row = statistics_of(values)
+        if name == FLASH:
+            self._flash[quantity] = row["median"]
+        flash = self._flash.get(quantity)
         ratio = {"ratio_to_flash": round(row["median"] / flash, 4) if flash else None}
-        if name in floors:
-            ratio |= {
-                "floor_seconds": float(f"{floors[name]:.6g}"),
-                "ratio_to_floor": round(row["median"] / floors[name], 3),
-            }
-        results.add({"quantity": quantity, "implementation": name, **where, **row, **ratio})
-        print(f"{where['length']:>7,}  {quantity:<25} {name:<9} {row['median']:>10.4g}  {ratio}", file=sys.stderr)
+        if floor is not None:
+            ratio |= {"floor_seconds": float(f"{floor:.6g}"), "ratio_to_floor": round(row["median"] / floor, 3)}
+        self._results.add({"quantity": quantity, "implementation": name, **self._where, **row, **ratio})
+        print(f"{self._where['length']:>7,}  {quantity:<25} {name:<9} {row['median']:>10.4g}  {ratio}", file=sys.stderr)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Adds a row without figures to the file of failures."""
+        self._results.add_failure({"implementation": name, **self._where}, (str(error).strip() or "?").splitlines()[0])
 
 
 def _right(
     args: Arguments, attentions: dict[str, Attention], results: ResultsFile
 ) -> tuple[dict[str, Attention], list[str]]:
     """The implementations and granularities to time: landmark attention is left out where a check finds it wrong."""
-    shape = ModelArguments(
+    table = (args.num_retrieved_blocks + args.num_local_blocks + 2) * args.block_size
+    whole = ModelArguments(
         vocab_size=256,
-        hidden_size=256,
-        intermediate_size=256,
-        layers=2,
-        heads=4,
-        kv_heads=max(1, 4 * args.kv_heads // args.heads),
+        hidden_size=args.heads * args.head_dim,
+        heads=args.heads,
+        kv_heads=args.kv_heads,
         head_dim=args.head_dim,
         block_size=args.block_size,
-        train_context_length=16 * args.block_size,
+        train_context_length=max(table, 16 * args.block_size),
+        num_retrieved_blocks=args.num_retrieved_blocks,
+        num_local_blocks=args.num_local_blocks,
         dtype=args.dtype,
-        device=DEVICE,
+        device=args.device,
     )
     right, reading = dict(attentions), []
     for name in (LANDMARK, AGAINST):
-        problem = check_attention(shape, landmark_config(shape, "head"), right[name]) if name in right else None
+        shape = checked_shape(whole, landmark_config(whole, "head"))
+        problem = check_attention(*shape, right[name]) if name in right else None
         if problem:
             results.add_failure({"implementation": name}, f"not measured, its result is wrong: {problem}")
             del right[name]
     for granularity in GRANULARITIES:
-        problem = check_reading(shape, landmark_config(shape, granularity))
+        problem = check_reading(*checked_shape(whole, landmark_config(whole, granularity)))
         if problem:
             name = f"{LANDMARK} {granularity}"
             results.add_failure({"implementation": name}, f"not measured, its result is wrong: {problem}")
@@ -330,17 +347,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 if something could not be measured, or 2 without a GPU."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     attentions = implementations(args)
-    if not torch.cuda.is_available():
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available() or not availability.kernels_run_on(device):
         print("benchmarks: no GPU was found, and the kernels run on nothing else", file=sys.stderr)
         return 2
-    rates = measure_rates(args.torch_dtype)
+    rates = measure_rates(args)
     common = {
         "benchmark": "kernels",
         "model": "random tensors",
         "shape": {name: getattr(args, name) for name in SHAPE},
         "dtype": args.dtype,
         **rates._asdict(),
-        "machine": machine(DEVICE, 0),
+        "machine": machine(args.device, 0),
         "versions": {**versions(), "triton": importlib.metadata.version("triton")},
     }
     results = ResultsFile(Path(args.output), common)

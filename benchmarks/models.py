@@ -8,10 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
+from landmark_llama import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 
 DENSE = "dense"
 DENSE_STATIC = "dense static"  # the same model, generating with a preallocated cache
@@ -70,7 +71,7 @@ SHAPE = (
 )
 
 
-def landmark_config(args: ModelArguments, granularity: str) -> LandmarkLlamaConfig:
+def landmark_config(args: ModelArguments, granularity: str) -> LandmarkConfig:
     """Configuration of the landmark model, with `granularity` as its `retrieval_granularity`.
 
     Raises:
@@ -93,7 +94,7 @@ def landmark_config(args: ModelArguments, granularity: str) -> LandmarkLlamaConf
         )
     else:
         config = AutoConfig.from_pretrained(args.model)
-        if not isinstance(config, LandmarkLlamaConfig):
+        if not isinstance(config, LandmarkConfig):
             raise ValueError(f"--model {args.model}: not a landmark checkpoint but {config.model_type!r}")
         if config.local_attention != "sliding":
             raise ValueError(f"--model {args.model}: reads {config.local_attention!r}; only 'sliding' is measured")
@@ -102,13 +103,14 @@ def landmark_config(args: ModelArguments, granularity: str) -> LandmarkLlamaConf
     return config
 
 
-def dense_config(config: LandmarkLlamaConfig) -> LlamaConfig:
+def dense_config(config: LandmarkConfig) -> PreTrainedConfig:
     """Configuration of the dense model of the same shape."""
     own = ("model_type", "architectures", "transformers_version", "dtype")
-    return LlamaConfig(**{name: getattr(config, name) for name in LlamaConfig().to_dict() if name not in own})
+    dense = AutoConfig.for_model(config.family.dense_type)
+    return type(dense)(**{name: getattr(config, name) for name in dense.to_dict() if name not in own})
 
 
-def load_model(args: ModelArguments, config: LandmarkLlamaConfig, implementation: str) -> PreTrainedModel:
+def load_model(args: ModelArguments, config: LandmarkConfig, implementation: str) -> PreTrainedModel:
     """The model to measure, on its device and in eval mode. `implementation`: `DENSE`, or begins with `LANDMARK`."""
     logging.disable_progress_bar()
     dense = implementation == DENSE
@@ -119,20 +121,19 @@ def load_model(args: ModelArguments, config: LandmarkLlamaConfig, implementation
         with torch.device(args.device):  # drawing billions of weights on a CPU takes minutes
             model = AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, **attention)
     else:
-        # the dense model can load a landmark checkpoint: its weights have LLaMA's names and shapes
-        kind = LlamaForCausalLM if dense else LandmarkLlamaForCausalLM
-        model = kind.from_pretrained(args.model, config=config, dtype=args.torch_dtype, **attention)
+        # the dense model can load a landmark checkpoint: its weights have the same names and shapes
+        model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=args.torch_dtype, **attention)
     return model.to(args.device).eval()
 
 
-def random_text(args: ModelArguments, config: LandmarkLlamaConfig, length: int, batch: int = 1) -> Tensor:
+def random_text(args: ModelArguments, config: LandmarkConfig, length: int, batch: int = 1) -> Tensor:
     """Random ids (batch, length) of any token but the landmark, determined by the seed."""
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(config.vocab_size - 1, (batch, length), generator=generator)
     return (ids + (ids >= config.landmark_token_id)).to(args.device)
 
 
-def shape_of(config: LandmarkLlamaConfig) -> dict[str, int | str | None]:
+def shape_of(config: LandmarkConfig) -> dict[str, int | str | None]:
     """The fields of a result row that describe the shape."""
     names = (
         "vocab_size",

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from benchmarks.checks import check_attention
+from benchmarks.checks import check_attention, checked_shape
 from benchmarks.measure import (
     MeasurementFailed,
     ResultsFile,
@@ -34,7 +34,7 @@ from benchmarks.measure import (
     versions,
 )
 from benchmarks.models import DENSE, LANDMARK, ModelArguments, landmark_config, load_model, random_text, shape_of
-from landmark_llama import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.tokenization import plain_length
 
 
@@ -93,7 +93,7 @@ class Trainee:
 
 
 def measure(
-    model: ModelArguments, config: LandmarkLlamaConfig, tokens: int, batch: int, repetitions: int, warmup: int
+    model: ModelArguments, config: LandmarkConfig, tokens: int, batch: int, repetitions: int, warmup: int
 ) -> dict[str, list[float]]:
     """Seconds of each model's steps, in this process. Both get the same `batch` rows of `tokens` ordinary tokens."""
     text = random_text(model, config, tokens, batch)
@@ -137,10 +137,10 @@ def run(model: ModelArguments, args: Arguments) -> ResultsFile:
     return results
 
 
-def _problem(model: ModelArguments, config: LandmarkLlamaConfig) -> str | None:
+def _problem(model: ModelArguments, config: LandmarkConfig) -> str | None:
     """None if the attention is right, otherwise the reason why nothing is measured."""
     try:
-        problem = isolated(check_attention, model, config, threads=model.threads)
+        problem = isolated(check_attention, *checked_shape(model, config), threads=model.threads)
     except MeasurementFailed as error:
         return str(error)
     return f"not measured, its result is wrong: {problem}" if problem else None

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-import landmark_llama
 from eval_passkey.prompts import Prompt, Task, drawn_length
 from eval_passkey.tasks import make_task
+from landmark_llama import LandmarkCache
+from landmark_llama.configuration import LandmarkConfig
 
 CALL_BLOCKS = 4096
 
@@ -48,7 +49,7 @@ def ask(
     prompt_tokens: int | None = None,
     depth: float | None = None,
     period: int | None = None,
-    cache: landmark_llama.LandmarkCache | None = None,
+    cache: LandmarkCache | None = None,
 ) -> dict:
     """Asks one prompt and returns its row of results.
 
@@ -78,9 +79,7 @@ def ask(
 
 
 @torch.no_grad()  # no inference mode: what a model keeps from here must still serve training
-def generate_answer(
-    model: PreTrainedModel, tokenizer, prompt: Prompt, cache: landmark_llama.LandmarkCache | None = None
-) -> str:
+def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt, cache: LandmarkCache | None = None) -> str:
     """What the model says after a prompt, greedily, whatever its generation configuration prefers.
 
     cache: as for `ask`. It is filled in several calls, because a call holds much beside what is remembered.
@@ -105,7 +104,7 @@ def generate_answer(
 
 def block_tokens(config) -> int | None:
     """Ordinary tokens in a block of a landmark model; None for others."""
-    return config.block_size - 1 if isinstance(config, landmark_llama.LandmarkLlamaConfig) else None
+    return config.block_size - 1 if isinstance(config, LandmarkConfig) else None
 
 
 @contextmanager

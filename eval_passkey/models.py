@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import landmark_llama
 from eval_passkey.prompts import InputError
-from landmark_llama.configuration import RETRIEVAL_SETTINGS
+from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkConfig
 
 _IDENTIFYING_FILES = ("config.json", "tokenizer*", "*.safetensors", "*.bin")
 _DIGEST_PIECE = 1 << 16  # bytes
@@ -23,14 +23,14 @@ class Subject:
     """A model to measure, before its weights are read."""
 
     name: str  # as the user gave it
-    config: "landmark_llama.LandmarkLlamaConfig"  # or any other causal LM's
+    config: "LandmarkConfig"  # or any other causal LM's
     tokenizer: object
     fingerprint: str
 
     @property
     def is_landmark(self) -> bool:
         """Whether retrieval settings mean something to it."""
-        return isinstance(self.config, landmark_llama.LandmarkLlamaConfig)
+        return isinstance(self.config, LandmarkConfig)
 
     @property
     def training_context(self) -> int | None:

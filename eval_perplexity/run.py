@@ -54,6 +54,12 @@ class Arguments(ReadingArguments):
     baseline_window: int | None = field(
         default=None, metadata={"help": "Tokens that `window` sees; default: as many as the baseline's positions."}
     )
+    baseline_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Lengths above this are not read by the baseline, but for `window`, which is no slower there."
+        },
+    )
     rope_factor: float | None = field(
         default=None,
         metadata={"help": f"Of {', '.join(SCALED)}; default: length over the baseline's positions, for each length."},
@@ -85,6 +91,7 @@ class Arguments(ReadingArguments):
             raise InputError("--lengths: at least one length is needed")
         self.lengths = sorted(set(self.lengths))
         positive = {"documents": self.documents, "tokens_per_document": self.tokens_per_document}
+        positive |= {"baseline_max_length": self.baseline_max_length}
         positive |= {"stride": self.stride, "score_tokens": self.score_tokens, "lengths": self.lengths[0]}
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -116,7 +123,7 @@ class Arguments(ReadingArguments):
         for name in methods:
             if name not in DENSE_METHODS:
                 raise InputError(f"--baseline_methods {name}: must be one of {', '.join(DENSE_METHODS)}")
-        for name in ("baseline_methods", "baseline_window", "rope_factor"):
+        for name in ("baseline_methods", "baseline_window", "baseline_max_length", "rope_factor"):
             if getattr(self, name) not in (None, []) and self.baseline is None:
                 raise InputError(f"--{name}: needs a --baseline")
         if self.baseline_window is not None and "window" not in methods:
@@ -144,6 +151,8 @@ class MethodRun:
         self.args, self.role, self.subject, self.label = args, role, subject, label
         storage = args.storage(subject) if role == "model" else None
         self.scorer = Scorer(f"--{role}", subject, method, args.dtype, args.device, storage)
+        limited = role == "baseline" and method.name != "window" and args.baseline_max_length is not None
+        self.longest = args.baseline_max_length if limited else math.inf
         self.skipped: list[dict] = []
         settings = {**method.settings, "dtype": args.dtype, "retrieval": subject.retrieval_settings}
         folder = Path(args.output) if role == "model" else Path(args.output) / "baseline" / method.name
@@ -153,7 +162,8 @@ class MethodRun:
     def run(self, documents: Sequence[Document]) -> None:
         """Scores the windows that have no row yet, shortest first, with a bar that counts the tokens read."""
         protocol = self.args.cut()
-        self.windows = [window for length in protocol.lengths for window in protocol.windows(documents, length)]
+        lengths = [length for length in protocol.lengths if length <= self.longest]
+        self.windows = [window for length in lengths for window in protocol.windows(documents, length)]
         done = {_key(row) for row in self.results.rows}
         missing = [window for window in self.windows if window.key not in done]
         total = sum(window.length for window in self.windows)

@@ -10,15 +10,15 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from finetune.arguments import AdapterArguments, UserError
-from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.adapters.folder import tokenizer_fingerprint
+from landmark_llama.language_model import LandmarkForCausalLM
 
 if TYPE_CHECKING:
     from landmark_llama.adapters.peft_model import LandmarkPeftModel
 
 
 def add_adapter(
-    model: LandmarkLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, args: AdapterArguments, base: str
+    model: LandmarkForCausalLM, tokenizer: PreTrainedTokenizerBase, args: AdapterArguments, base: str
 ) -> LandmarkPeftModel:
     """`model` with a new adapter, all else frozen. `base`: the checkpoint, which the adapter remembers."""
     try:

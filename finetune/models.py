@@ -1,14 +1,15 @@
 """Loads the tokenizer and the model that a run starts from: a checkpoint (dense or not) or a configuration."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,9 +18,11 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from finetune.adapters import four_bit
 from finetune.arguments import DEFAULT_BLOCK_SIZE, DataArguments, ModelArguments, UserError
-from landmark_llama import LandmarkLlamaConfig, LandmarkLlamaForCausalLM
 from landmark_llama.calibration import add_calibration
 from landmark_llama.checkpoints.conversion import checked_load
+from landmark_llama.configuration import LandmarkConfig
+from landmark_llama.families import from_dense, landmark_class
+from landmark_llama.language_model import LandmarkForCausalLM
 
 LANDMARK_SETTINGS = (
     "num_retrieved_blocks",
@@ -73,7 +76,7 @@ def load_model(
     bits, for an adapter to be trained on.
 
     Raises:
-        UserError: there is no such checkpoint, it is no LLaMA, or its landmark settings cannot work.
+        UserError: there is no such checkpoint, it is no decoder that can have landmarks, or its settings cannot work.
     """
     dtype = getattr(torch, model_args.dtype)
     config = _read_config(model_args)
@@ -87,14 +90,14 @@ def load_model(
     settings = {name: value for name, value in settings.items() if value is not None}
     settings["train_context_length"] = data_args.context_length
     if model_args.attention == "landmark":
-        tokenizer.model_max_length = VERY_LARGE_INTEGER  # no text is too long; LLaMA's tokenizer would warn of it
+        tokenizer.model_max_length = VERY_LARGE_INTEGER  # no text is too long; a LLaMA's tokenizer would warn of it
     weights = {"dtype": dtype}
     if load_in_4bit:
         weights["quantization_config"] = four_bit(dtype)
-    if isinstance(config, LandmarkLlamaConfig):
+    if isinstance(config, LandmarkConfig):
         model = _load_landmark(model_args, config, settings, weights)
     else:
-        model = _load_llama(model_args, config, tokenizer, settings, weights)
+        model = _load_dense(model_args, config, tokenizer, settings, weights)
     if model_args.attention == "landmark":
         model.config.kernels = model_args.kernels
     if model_args.pad_vocabulary_to_multiple_of:
@@ -103,7 +106,7 @@ def load_model(
 
 
 @torch.no_grad()
-def pad_vocabulary(model: LandmarkLlamaForCausalLM, multiple: int) -> None:
+def pad_vocabulary(model: LandmarkForCausalLM, multiple: int) -> None:
     """Rows of zeros behind both embeddings, up to a multiple of so many, which matrix products like."""
     config = model.config
     tokens = config.vocab_size - config.num_padded_tokens
@@ -115,28 +118,30 @@ def pad_vocabulary(model: LandmarkLlamaForCausalLM, multiple: int) -> None:
         embedding.weight[tokens:] = 0
 
 
-def _load_llama(
+def _load_dense(
     model_args: ModelArguments,
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict,
     weights: dict,
 ) -> PreTrainedModel:
-    """A LLaMA, from a checkpoint or with random weights, and a landmark LLaMA made of it unless it stays dense."""
+    """A dense model, from a checkpoint or with random weights, and a landmark one made of it unless it stays dense."""
     name = model_args.model_name_or_path
     if model_args.config_name:
         config.vocab_size = len(tokenizer)
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, token, getattr(tokenizer, token))
-        model, weights = LlamaForCausalLM(config).to(weights["dtype"]), {}
+        model, weights = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(weights["dtype"]), {}
     elif model_args.attention == "dense":
-        model = _load(LlamaForCausalLM, name, config=config, **weights)
+        # a landmark model checks that its weights are complete; a dense one has to be checked, too
+        load = partial(checked_load, AutoModelForCausalLM.from_pretrained)
+        model = _load(load, name, config=config, **weights)
     if model_args.attention == "dense":
         return model
     try:
         block_size = model_args.block_size or DEFAULT_BLOCK_SIZE
         source = model if model_args.config_name else name
-        return LandmarkLlamaForCausalLM.from_llama(source, tokenizer, block_size=block_size, **settings, **weights)
+        return from_dense(source, tokenizer, block_size=block_size, **settings, **weights)
     except ValueError as error:
         raise UserError(str(error)) from error
     except Exception as error:  # as above
@@ -144,8 +149,8 @@ def _load_llama(
 
 
 def _load_landmark(
-    model_args: ModelArguments, config: LandmarkLlamaConfig, settings: dict, weights: dict
-) -> LandmarkLlamaForCausalLM:
+    model_args: ModelArguments, config: LandmarkConfig, settings: dict, weights: dict
+) -> LandmarkForCausalLM:
     """A landmark checkpoint, to be trained on; its block size stays what it is."""
     name = model_args.model_name_or_path
     if model_args.attention == "dense":
@@ -157,7 +162,7 @@ def _load_landmark(
         setattr(config, key, value)
     try:
         config.check()
-        model = _load(LandmarkLlamaForCausalLM, name, config=config, **weights)
+        model = _load(landmark_class(config).from_pretrained, name, config=config, **weights)
         add_calibration(model, rank)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -168,23 +173,24 @@ def _read_config(model_args: ModelArguments) -> PreTrainedConfig:
     flag = "--config_name" if model_args.config_name else "--model_name_or_path"
     name = model_args.config_name or model_args.model_name_or_path
     try:
-        config = LlamaConfig.from_json_file(name) if name.endswith(".json") else AutoConfig.from_pretrained(name)
+        if name.endswith(".json"):
+            config = AutoConfig.for_model(**{"model_type": "llama", **json.loads(Path(name).read_text("utf-8"))})
+        else:
+            config = AutoConfig.from_pretrained(name)
     except Exception as error:  # as above
         raise UserError(f"{flag} {name}: no configuration could be loaded: {_first_line(error)}") from error
-    if config.model_type not in ("llama", LandmarkLlamaConfig.model_type):
-        raise UserError(f"{flag} {name}: model_type {config.model_type!r} is not a LLaMA")
-    if model_args.config_name and config.model_type != "llama":
-        raise UserError(f"{flag} {name}: give the LLaMA's own configuration; landmark settings are flags")
+    try:
+        landmark_class(config, f"{flag} {name}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if model_args.config_name and isinstance(config, LandmarkConfig):
+        raise UserError(f"{flag} {name}: give the dense model's own configuration; landmark settings are flags")
     return config
 
 
-def _load(model_class: type[PreTrainedModel], name: str, **settings) -> PreTrainedModel:
+def _load(load: Callable[..., PreTrainedModel], name: str, **settings) -> PreTrainedModel:
     try:
-        load = model_class.from_pretrained
-        # A landmark model checks that its weights are complete; here a plain LLaMA has to be checked, too.
-        return (
-            load(name, **settings) if model_class is LandmarkLlamaForCausalLM else checked_load(load, name, **settings)
-        )
+        return load(name, **settings)
     except Exception as error:  # as above
         raise _no_checkpoint(name, error) from error
 

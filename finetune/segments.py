@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from landmark_llama import LandmarkCache, LandmarkLlamaConfig
+from landmark_llama import LandmarkCache
+from landmark_llama.configuration import LandmarkConfig
 
 EVALUATED_WITH = "token_and_head"  # a choice that tokens share would look at those that are to be predicted
 
@@ -32,7 +33,7 @@ class Segments:
     num_retrieved_blocks: int
 
     @classmethod
-    def of(cls, config: LandmarkLlamaConfig, number: int) -> "Segments":
+    def of(cls, config: LandmarkConfig, number: int) -> "Segments":
         settings = config.segment_retrieval()
         return cls(number, settings.chunk_blocks, config.block_size, settings.num_retrieved_blocks)
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from any folder
-from landmark_llama import LandmarkLlamaForCausalLM, landmark_lora_config
+from landmark_llama import landmark_lora_config
 from landmark_llama.adapters.folder import tokenizer_fingerprint
+from landmark_llama.families import landmark_class
 from landmark_llama.tokenization import plain_length
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -29,7 +30,7 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 class SFTArguments:
     """What is trained on what."""
 
-    model: str = field(metadata={"help": "a landmark LLaMA: folder or hub id"})
+    model: str = field(metadata={"help": "a landmark model: folder or hub id"})
     data: list[str] = field(metadata={"help": "files of conversations, JSON lines or parquet"})
     lora_rank: int | None = field(default=None, metadata={"help": "train an adapter of this rank; default: everything"})
 
@@ -47,7 +48,8 @@ class LandmarkSFTConfig(SFTConfig):
 
 def main(argv: list[str]) -> None:
     arguments, config = HfArgumentParser((SFTArguments, LandmarkSFTConfig)).parse_args_into_dataclasses(argv)
-    model = LandmarkLlamaForCausalLM.from_pretrained(arguments.model)
+    model_class = landmark_class(AutoConfig.from_pretrained(arguments.model), arguments.model)
+    model = model_class.from_pretrained(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     longest = plain_length(model.config.train_context_length, model.config.block_size)
     config.max_length = longest if config.max_length is None else config.max_length

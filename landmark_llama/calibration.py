@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaAttention
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 
 CALIBRATION = "landmark_calibration"  # of an attention layer
 
@@ -31,7 +30,7 @@ class LandmarkCalibration(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def of(cls, config: LandmarkLlamaConfig) -> LandmarkCalibration:
+    def of(cls, config: LandmarkConfig) -> LandmarkCalibration:
         return cls(config.hidden_size, config.landmark_query_rank, config.num_attention_heads * config.head_dim)
 
     def reset_parameters(self) -> None:
@@ -43,18 +42,18 @@ class LandmarkCalibration(nn.Module):
         return nn.functional.linear(nn.functional.linear(hidden_states.to(self.down.dtype), self.down), self.up)
 
 
-class CalibratedAttention(LlamaAttention):
-    """LLaMA's projections and, with `landmark_query_rank`, the calibration of its queries."""
+class CalibratedAttention:
+    """Goes in front of a dense attention, which gains, with `landmark_query_rank`, the calibration of its queries."""
 
-    def __init__(self, config: LandmarkLlamaConfig, layer_idx: int) -> None:
+    def __init__(self, config: LandmarkConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.landmark_calibration: LandmarkCalibration | None = None
         if config.landmark_query_rank:
             self.landmark_calibration = LandmarkCalibration.of(config)
 
 
-def add_calibration(model: LlamaForCausalLM, rank: int) -> None:
-    """Gives each layer of a loaded landmark LLaMA a new calibration, which changes nothing until it is trained.
+def add_calibration(model: PreTrainedModel, rank: int) -> None:
+    """Gives each layer of a loaded landmark model a new calibration, which changes nothing until it is trained.
 
     Raises:
         ValueError: `rank` is negative, or the model has a calibration already, of another rank.

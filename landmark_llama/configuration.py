@@ -1,7 +1,9 @@
-"""LandmarkLlamaConfig: LLaMA's configuration plus the fields of landmark attention, validated."""
+"""The fields of landmark attention, validated, which a family's configuration gains; LLaMA's: LandmarkLlamaConfig."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -17,8 +19,28 @@ BlockWeight = Literal["landmark", "exact"]
 RETRIEVAL_SETTINGS = ("num_retrieved_blocks", "num_local_blocks", "local_attention", "retrieval_granularity")
 
 
+class Family(NamedTuple):
+    """The dense models that landmark models of one kind are made of.
+
+    dense_type: `model_type` of their configuration.
+    name: for sentences.
+    stem: what the names of the landmark classes begin with.
+    from_dense: name of the method that converts one.
+    """
+
+    dense_type: str
+    name: str
+    stem: str
+    from_dense: str = "from_dense"
+
+    @property
+    def conversion(self) -> str:
+        """How to convert a dense model, for error messages."""
+        return f"{self.stem}ForCausalLM.{self.from_dense}(path, tokenizer)"
+
+
 class RetrievalSettings(NamedTuple):
-    """How a model reads texts longer than its window. Made and checked by `LandmarkLlamaConfig.retrieval`.
+    """How a model reads texts longer than its window. Made and checked by `LandmarkConfig.retrieval`.
 
     num_retrieved_blocks: blocks that a query retrieves.
     num_direct_blocks: blocks before its own that a query reads directly; in chunked attention, at most so many.
@@ -44,13 +66,15 @@ class RetrievalSettings(NamedTuple):
         return self.num_direct_blocks + 1
 
 
-class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
-    """Configuration of a landmark LLaMA: LLaMA's fields and the following.
+@dataclass(init=False, repr=False, eq=False, kw_only=True)  # as transformers makes of each configuration
+class LandmarkConfig(InstalledClass):
+    """Goes in front of a dense model's configuration, which gains the following fields.
 
     landmark_token_id: id of the landmark token. None only until a tokenizer has one.
     block_size: positions in a block, its landmark included (the paper's `mem_freq` + 1).
     train_context_length: positions that the model was trained on, landmarks included. Rotary positions never leave this
-        range, however long the text. By default `max_position_embeddings`.
+        range, however long the text. By default `max_position_embeddings`, or what the dense model's layers with a
+        sliding window see, if that is less.
     num_retrieved_blocks: k, the number of blocks that each query retrieves.
     num_local_blocks: blocks read directly before a query's own block (`"sliding"` only). By default as many as fit.
         With fewer, retrieved blocks stand at a shorter distance (`docs/positions.md`).
@@ -78,7 +102,7 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         ValueError: the window cannot hold what the settings ask for. Names the field, its value and the remedy.
     """
 
-    model_type = "landmark_llama"
+    family: ClassVar[Family]
     # Tools that cut prompts, as lm-eval does, look for a limit here before they take `max_position_embeddings` for one.
     # There is none; a trillion is safe as a machine integer, and a batch as wide as that is refused at once.
     n_positions: ClassVar[int] = 2**40
@@ -100,9 +124,11 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     kernels: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.train_context_length is None:
-            self.train_context_length = self.max_position_embeddings
+        if getattr(self, "head_dim", None) is None:  # which some families leave to their models
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+        if self.train_context_length is None:
+            self.train_context_length = min(self.max_position_embeddings, self.dense_window or math.inf)
         self._check_tokens()
         self.check()
 
@@ -114,9 +140,16 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As transformers', with what lets the Auto classes load the folder where the package was not imported."""
-        self.auto_map = auto_map(getattr(self, "auto_map", None))
+        self.auto_map = auto_map(getattr(self, "auto_map", None), self.family.stem)
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_loader(save_directory)
+        write_loader(save_directory, self.family.stem)
+
+    @property
+    def dense_window(self) -> int | None:
+        """Tokens that the dense model's layers with a sliding window see; None if it has no such layers."""
+        layers = getattr(self, "layer_types", None)
+        slides = getattr(self, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
+        return getattr(self, "sliding_window", None) if slides else None
 
     def retrieval(
         self,
@@ -150,12 +183,6 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         sinks = min(self.num_sink_blocks, retrieved)
         return RetrievalSettings(retrieved, direct, attention, granularity, sinks, self.block_weight == "exact")
 
-    @property
-    def landmarks_as_in_the_paper(self) -> bool:
-        """Whether the landmark tokens' own keys score and weigh blocks, which is all that the GPU kernels know."""
-        own_keys = self.landmark_key == "token" and not self.landmark_query_rank
-        return own_keys and self.block_weight == "landmark" and not self.num_sink_blocks
-
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
         """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
 
@@ -167,6 +194,12 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
     def check(self) -> None:
         """Raises ValueError if the settings do not fit each other. Call it again after changing a field."""
         self.retrieval()
+        if self.dense_window is not None and self.train_context_length > self.dense_window:
+            raise ValueError(
+                f"train_context_length={self.train_context_length}: layers of the dense model see no more than "
+                f"sliding_window={self.dense_window} tokens, and landmark attention reads a window whole: set at most "
+                f"train_context_length={self.dense_window}"
+            )
         _one_of("landmark_key", self.landmark_key, LandmarkKey)
         _one_of("block_weight", self.block_weight, BlockWeight)
         if not 0 <= self.num_sink_blocks <= self.num_retrieved_blocks:
@@ -193,7 +226,7 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         if self.landmark_token_id is None:
             raise ValueError(
                 "landmark_token_id=None: this checkpoint has no landmark token; "
-                "make one of a LLaMA checkpoint with LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
+                f"make one of a {self.family.name} checkpoint with {self.family.conversion}"
             )
         if self.attention_dropout:
             raise ValueError(f"attention_dropout={self.attention_dropout}: landmark attention has no dropout, set 0")
@@ -210,6 +243,13 @@ class LandmarkLlamaConfig(InstalledClass, LlamaConfig):
         tokens = self.vocab_size - self.num_padded_tokens
         if self.landmark_token_id is not None and not 0 <= self.landmark_token_id < tokens:
             raise ValueError(f"landmark_token_id={self.landmark_token_id}: outside the vocabulary of {tokens} tokens")
+
+
+class LandmarkLlamaConfig(LandmarkConfig, LlamaConfig):
+    """Configuration of a landmark LLaMA: LLaMA's fields and those of `LandmarkConfig`."""
+
+    model_type = "landmark_llama"
+    family = Family("llama", "LLaMA", "LandmarkLlama", "from_llama")
 
 
 def _one_of(name: str, value: str, literal: Any) -> Any:

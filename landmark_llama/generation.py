@@ -10,10 +10,24 @@ from transformers.generation import MaxLengthCriteria, SuppressTokensLogitsProce
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.storage import DeviceStorage
 from landmark_llama.reading.tiered_storage import HostStorage
+from landmark_llama.reading.trace import record_retrieved
 
 
 class LandmarkGenerationMixin:
     """Goes in front of transformers' own generation, whose hooks it answers."""
+
+    def generate(self, *args: Any, return_retrieved: bool = False, **kwargs: Any) -> Any:
+        """As transformers'; with `return_retrieved` the output is a dictionary, with the blocks that were retrieved.
+
+        return_retrieved: adds `retrieved` to the output, a `RetrievedStep` a call of the model, and implies
+            `return_dict_in_generate`.
+        """
+        if not return_retrieved:
+            return super().generate(*args, **kwargs)
+        with record_retrieved(self) as retrieved:
+            output = super().generate(*args, **{**kwargs, "return_dict_in_generate": True})
+        output["retrieved"] = retrieved
+        return output
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any

@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 LOADER = "landmark_llama_classes.py"  # no model*: that is how files of weights are told from an adapter
-CLASSES = {
-    "AutoConfig": "LandmarkLlamaConfig",
-    "AutoModel": "LandmarkLlamaModel",
-    "AutoModelForCausalLM": "LandmarkLlamaForCausalLM",
-}
-AUTO_MAP = {auto: f"{LOADER.removesuffix('.py')}.{name}" for auto, name in CLASSES.items()}
+ENDINGS = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}  # of class names
 
 
 class InstalledClass:
-    """Mixin of the classes in `CLASSES`: what `auto_map` leads to is the installed class, which is never copied."""
+    """Mixin of the classes that `auto_map` names: it leads to the installed class, which is never copied."""
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
@@ -33,13 +28,20 @@ class InstalledClass:
             super().register_for_auto_class(*args, **kwargs)
 
 
-def write_loader(folder: str | PathLike[str]) -> None:
-    """Writes the module that `AUTO_MAP` names into `folder`, which is made if need be."""
+def write_loader(folder: str | PathLike[str], stem: str) -> None:
+    """Writes the module that `auto_map` names into `folder`, which is made if need be."""
     path = Path(folder) / LOADER
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"from landmark_llama import {', '.join(CLASSES.values())}  # noqa: F401\n", encoding="utf-8")
+    path.write_text(
+        f"from landmark_llama import {', '.join(stem + ending for ending in ENDINGS.values())}  # noqa: F401\n",
+        encoding="utf-8",
+    )
 
 
-def auto_map(given: dict[str, Any] | None) -> dict[str, Any]:
-    """`AUTO_MAP`, and of a configuration's own map what names code in the same folder (that of a subclass)."""
-    return {**AUTO_MAP, **{name: code for name, code in (given or {}).items() if "--" not in str(code)}}
+def auto_map(given: dict[str, Any] | None, stem: str) -> dict[str, Any]:
+    """Where the Auto classes find those of a family, whose names begin with `stem`.
+
+    Of the map that a configuration was given, what names code in the same folder stays: that of a subclass.
+    """
+    ours = {auto: f"{LOADER.removesuffix('.py')}.{stem}{ending}" for auto, ending in ENDINGS.items()}
+    return {**ours, **{name: code for name, code in (given or {}).items() if "--" not in str(code)}}

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landmark_llama.attention import WholeRows, availability, landmark_attention_reference
-from landmark_llama.modeling import LandmarkLlamaAttention
+from landmark_llama.attention import WholeRows, availability, landmark_attention, landmark_attention_reference
+from landmark_llama.attention.pooling import pool_rows
+from landmark_llama.modeling import LandmarkAttention
 from landmark_llama.tokenization import plain_length
 
 FACTOR = 2.0
+QUERIES = ("query", "landmark_query")
 LAST_QUERIES = 128  # that the definition, whose memory is quadratic, is computed for; they read the whole row
 
 
@@ -37,17 +39,17 @@ def check_kernels(model: nn.Module, input_ids: Tensor) -> int:
         input_ids: (1, length) ordinary tokens on the model's device; what exceeds its window is left out.
 
     Returns:
-        The number of layers compared; 0 where PyTorch does all: without a GPU or Triton, with `kernels=False`, with
-        other landmarks than the paper's (`LandmarkLlamaConfig.landmarks_as_in_the_paper`), in float64.
+        The number of layers compared; 0 where PyTorch does all: without a GPU or Triton, with `kernels=False`, in
+        float64.
 
     Raises:
         KernelsDifferError: naming the first layer and tensor that differ, and by how much.
     """
     config = model.config
-    if not (config.landmarks_as_in_the_paper and config.kernels and availability.kernels_run_on(input_ids.device)):
+    if not (config.kernels and availability.kernels_run_on(input_ids.device)):
         return 0
     found: list[list[str]] = []
-    attentions = [module for module in model.modules() if isinstance(module, LandmarkLlamaAttention)]
+    attentions = [module for module in model.modules() if isinstance(module, LandmarkAttention)]
     handles = [module.register_forward_pre_hook(partial(_compare_in, found), with_kwargs=True) for module in attentions]
     training = model.training
     model.eval()
@@ -84,16 +86,22 @@ class _ComparedRows(WholeRows):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, landmark_query: Tensor | None = None
     ) -> Tensor:
         if self.num_retrieved_blocks is not None or not availability.kernels_take_rows(query):
-            return super().attend_rotated(query, key, value, scale=scale)
+            return super().attend_rotated(query, key, value, scale=scale, landmark_query=landmark_query)
+        landmark_bias = None
+        if self.pooled:
+            key, landmark_bias = pool_rows(key, query, self.block_size, scale)
+        inputs = {"query": query, "key": key, "value": value}
+        inputs |= {"landmark_query": landmark_query, "landmark_bias": landmark_bias}
         last = min(LAST_QUERIES, query.shape[2])
+        few = inputs | {name: x[:, :, -last:] for name, x in inputs.items() if name in QUERIES and x is not None}
         generator = torch.Generator().manual_seed(0)
-        grad = torch.randn(query[:, :, -last:].shape, generator=generator).to(query)
-        definition = partial(landmark_attention_reference, block_size=self.block_size, scale=scale)
+        grad = torch.randn(few["query"].shape, generator=generator).to(query)
+        settings = {"block_size": self.block_size, "scale": scale, "exact_weights": self.exact_weights}
+        definition = partial(landmark_attention_reference, **settings)
         with torch.autocast(query.device.type, enabled=False), torch.enable_grad():
-            whole = super().attend_rotated
-            output, actual = _outcome(partial(whole, scale=scale), (query, key, value), grad)
-            _, plain = _outcome(definition, (query[:, :, -last:], key, value), grad)
-            doubles = [x.double() for x in (query[:, :, -last:], key, value)]
+            output, actual = _outcome(partial(landmark_attention, **settings), inputs, grad)
+            _, plain = _outcome(definition, few, grad)
+            doubles = {name: None if x is None else x.double() for name, x in few.items()}
             _, exact = _outcome(definition, doubles, grad.double())
         self.found.append([])
         for name in exact:
@@ -107,14 +115,19 @@ class _ComparedRows(WholeRows):
         return output
 
 
-def _outcome(attend: Any, inputs: Any, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _outcome(attend: Any, inputs: dict[str, Tensor | None], grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and by name what is compared: of the last queries, as many as `grad` has, output and gradients."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    output = attend(*inputs)
+    inputs = {name: None if x is None else x.detach().requires_grad_() for name, x in inputs.items()}
+    output = attend(**inputs)
     last = output[:, :, -grad.shape[2] :]
-    query, key, value = torch.autograd.grad(last, inputs, grad)
-    gradients = {"gradient of the query": query[:, :, -grad.shape[2] :], "gradient of the key": key}
-    return output.detach(), {"output": last.detach(), **gradients, "gradient of the value": value}
+    given = {name: x for name, x in inputs.items() if x is not None}
+    found = {"output": last.detach()}
+    # a row that is one block has no landmark that anyone scores
+    gradients = torch.autograd.grad(last, list(given.values()), grad, allow_unused=True, materialize_grads=True)
+    for name, gradient in zip(given, gradients, strict=True):
+        of = name.replace("_", " ")
+        found[f"gradient of the {of}"] = gradient[:, :, -grad.shape[2] :] if name in QUERIES else gradient
+    return output.detach(), found
 
 
 def _size(x: Tensor) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from landmark_llama.adapters.folder import ADAPTER_WEIGHTS, LANDMARK_ROW, PREFIX, Adapter
 from landmark_llama.calibration import CALIBRATION
@@ -34,7 +34,8 @@ from landmark_llama.checkpoints.files import (
     staged,
     write_weights,
 )
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
+from landmark_llama.families import landmark_class
 
 # Fields of adapter_config.json that change what an adapter computes and that this file does not implement.
 UNSUPPORTED_FIELDS = (
@@ -71,7 +72,7 @@ def merge_adapter(
     weights = Checkpoint.open(base)
     base_config = _full_precision_config(base, weights.folder)
     adapter.check_base(base_config, base)
-    is_vanilla = not isinstance(base_config, LandmarkLlamaConfig)
+    is_vanilla = not isinstance(base_config, LandmarkConfig)
     meta = _merged_meta(adapter, weights)
     with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as adapter_weights:
         merged = _merger(adapter, is_vanilla, adapter_weights, weights, set(meta))
@@ -80,12 +81,12 @@ def merge_adapter(
             tokenizer.save_pretrained(staging)
             copy_files(weights.folder, staging, (GENERATION_CONFIG,))
             config = adapter.config
-            config.architectures, config.use_cache = ["LandmarkLlamaForCausalLM"], True
+            config.architectures, config.use_cache = [landmark_class(config).__name__], True
             config.dtype = meta[INPUT_ROWS].dtype
             config.save_pretrained(staging)
 
 
-def _full_precision_config(base: str | os.PathLike[str], folder: Path) -> LlamaConfig:
+def _full_precision_config(base: str | os.PathLike[str], folder: Path) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{base}: a quantised checkpoint; give --base the one in full precision that it was made from")
@@ -102,7 +103,7 @@ def _merged_meta(adapter: Adapter, base: Checkpoint) -> dict[str, Tensor]:
         rows = adapter.config.vocab_size if name in (INPUT_ROWS, OUTPUT_ROWS) else len(weight)
         meta[name] = weight.new_empty(rows, *weight.shape[1:])
     if INPUT_ROWS not in meta:
-        raise OSError(f"{base.folder}: its weight files hold no {INPUT_ROWS}, so they are not the weights of a LLaMA")
+        raise OSError(f"{base.folder}: its weight files hold no {INPUT_ROWS}, so they are no language model's")
     return meta | {name: meta[INPUT_ROWS].new_empty(shape) for name, shape in adapter.calibration().items()}
 
 
@@ -112,7 +113,7 @@ def _merger(
     """Returns a function that takes a tensor's name and returns the merged tensor.
 
     Args:
-        is_vanilla: the base has no landmark yet; it then gets the same rows as from `from_llama`.
+        is_vanilla: the base has no landmark yet; it then gets the same rows as from `from_dense`.
         weights: the adapter's weight file, opened.
         base: the base's weights.
         names: the merged model's tensors. Every target of the adapter must be one of them.

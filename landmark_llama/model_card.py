@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import metadata_load
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.tokenization import plain_length
 
 CARD = "README.md"
@@ -18,7 +18,7 @@ MARK = "<!-- Written by landmark_llama, and written anew when the model is saved
 TEXT = """---
 {front}
 ---
-# A LLaMA with landmark attention
+# A {config.family.name} with landmark attention
 
 It reads texts far longer than it was trained on: each query attends to its neighbourhood and to the few earlier blocks
 whose landmark tokens it scores highest ([Mohtashami and Jaggi, 2023](https://arxiv.org/abs/2305.16300)).
@@ -58,7 +58,7 @@ The tokenizer has a landmark token, id {config.landmark_token_id}. The model set
 
 
 def model_card(
-    config: LandmarkLlamaConfig,
+    config: LandmarkConfig,
     *,
     name: str = "path/to/this/folder",
     base: str | None = None,

@@ -1,9 +1,13 @@
-"""The landmark LLaMA: what differs from transformers' LLaMA.
+"""Landmark models: what differs from transformers' own, for any family of decoders, and LLaMA's classes.
 
-A call is attended to through one *view*, chosen in `LandmarkLlamaModel.forward`. A view has one method, `attend`, which
+`LandmarkAttention`, `LandmarkDecoderLayer` and `LandmarkModel` go in front of a family's own classes
+(`landmark_llama/families` has the others).
+
+A call is attended to through one *view*, chosen in `LandmarkModel.forward`. A view has one method, `attend`, which
 takes a layer's queries, keys and values, not rotated, and returns its attention output:
 
     WholeRows      no cache, rows that fit the window: each row attends to all of itself, as in training
+    TaughtRows     the same in training with exact weights, where landmarks learn to choose
     Documents      the same for rows that hold several documents
     Segment        training with a cache: the call is one segment of a longer text
     Table          reading through a cache: one chunk of a call, whose queries read a table of blocks
@@ -14,34 +18,34 @@ Callers see plain coordinates: landmarks enter and leave the text in here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.utils.generic import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from landmark_llama.attention import WholeRows
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.attention.teaching import TaughtRows, are_collected
 from landmark_llama.attention.view import View
 from landmark_llama.calibration import CalibratedAttention
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
-from landmark_llama.configuration import LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
-from landmark_llama.generation import LandmarkGenerationMixin
-from landmark_llama.pretrained import LandmarkPreTrained, SavedWithCard
+from landmark_llama.configuration import LandmarkConfig, LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
+from landmark_llama.language_model import LandmarkForCausalLM, keep
+from landmark_llama.pretrained import LandmarkPreTrained
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.segments import Segment, check_segment
 from landmark_llama.reading.streaming import StreamingMixin
 from landmark_llama.rows.checks import check_inputs, check_streaming, warn_of_frozen_landmark
 from landmark_llama.rows.documents import Documents, packed_positions
-from landmark_llama.rows.layout import Rows, compact
+from landmark_llama.rows.layout import Rows
 
 
-class LandmarkLlamaAttention(CalibratedAttention):
-    """LLaMA's projections around the attention of a view."""
+class LandmarkAttention(CalibratedAttention):
+    """The projections of a dense model around the attention of a view."""
 
     def forward(
         self,
@@ -54,13 +58,14 @@ class LandmarkLlamaAttention(CalibratedAttention):
     ) -> tuple[Tensor | None, None]:
         """`hidden_states` (batch, columns, hidden_size) to the same.
 
-        With `fill_cache_only` keys and values go to the cache, and there is no output. LLaMA's own mask, positions and
-        cache stay None: the view knows them.
+        With `fill_cache_only` keys and values go to the cache, and there is no output. The dense layer's own mask,
+        positions and cache stay None: the view knows them.
         """
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        key, value = (project(hidden_states).view(shape) for project in (self.k_proj, self.v_proj))
+        key, value = self._key(hidden_states, shape), self.v_proj(hidden_states).view(shape)
         pooled = self.config.landmark_key == "pooled"
-        query = None if fill_cache_only and not pooled else self.q_proj(hidden_states).view(shape)
+        query = None if fill_cache_only and not pooled else self._query(hidden_states, shape)
+        rotary = self._rotary(rotary)
         settings = {"layer_idx": self.layer_idx, "rotary": rotary, "scale": self.scaling * rotary.scaling**2}
         if fill_cache_only:
             view.fill_cache_only(query, key, value, **settings)
@@ -70,30 +75,52 @@ class LandmarkLlamaAttention(CalibratedAttention):
         output = view.attend(query, key, value, **settings)
         return self.o_proj(output.flatten(2)), None
 
+    def _query(self, hidden_states: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Queries (batch, columns, heads, head_dim), not rotated; `shape` with -1 for the heads."""
+        return self.q_proj(hidden_states).view(shape)
 
-class LandmarkLlamaDecoderLayer(LlamaDecoderLayer):
-    """LLaMA's layer with landmark attention."""
+    def _key(self, hidden_states: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Keys (batch, columns, kv_heads, head_dim), not rotated."""
+        return self.k_proj(hidden_states).view(shape)
 
-    def __init__(self, config: LandmarkLlamaConfig, layer_idx: int) -> None:
+    def _rotary(self, rotary: RotaryTable) -> RotaryTable:
+        """The table that this layer rotates by."""
+        return rotary
+
+
+class LandmarkDecoderLayer:
+    """Goes in front of a dense decoder layer: landmark attention in place of its own.
+
+    attention_class: of the attention.
+    """
+
+    attention_class: ClassVar[type[LandmarkAttention]]
+
+    def __init__(self, config: LandmarkConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.self_attn = LandmarkLlamaAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, *, fill_cache_only: bool = False, **attention: Any) -> Tensor | None:
-        """As LLaMA's; with `fill_cache_only` it returns None, for a last layer whose output nobody reads."""
+        """As the dense one; with `fill_cache_only` it returns None, for a last layer whose output nobody reads."""
         if not fill_cache_only:
             return super().forward(hidden_states, **attention)
         self.self_attn(self.input_layernorm(hidden_states), fill_cache_only=True, **attention)
         return None
 
 
-class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
-    """LLaMA's layers over landmarked rows, plain coordinates outside."""
+class LandmarkModel(LandmarkPreTrained, StreamingMixin):
+    """Goes in front of a dense decoder: its layers over landmarked rows, plain coordinates outside.
 
-    def __init__(self, config: LandmarkLlamaConfig) -> None:
+    layer_class: of the layers.
+    """
+
+    layer_class: ClassVar[type[LandmarkDecoderLayer]]
+
+    def __init__(self, config: LandmarkConfig) -> None:
         config.check_model()
         super().__init__(config)
         for layer_idx in range(config.num_hidden_layers):
-            self.layers[layer_idx] = LandmarkLlamaDecoderLayer(config, layer_idx)
+            self.layers[layer_idx] = self.layer_class(config, layer_idx)
         self.post_init()
         self._rotary: RotaryTable | None = None
         self._landmark_row_checked = False
@@ -123,7 +150,7 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of the columns to keep; arguments as `LandmarkLlamaForCausalLM.forward` documents them."""
+        """Hidden states of the columns to keep; arguments as `LandmarkForCausalLM.forward` documents them."""
         if output_attentions:
             raise ValueError("output_attentions=True: attention weights are never formed whole and cannot be returned")
         cache = LandmarkCache(self.config) if past_key_values is None and use_cache else past_key_values
@@ -138,15 +165,15 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
             warn_of_frozen_landmark(self)
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         if not (self.training or output_hidden_states or self._records_steps(cache)):
-            rotary = self._rotary_table(content.device)
-            step = DecodingStep.of(self.config, content, attention_mask, position_ids, cache, retrieval, rotary)
+            where = attention_mask, position_ids, cache, retrieval, self._rotary_table(content.device)
+            step = DecodingStep.of(self.config, content, *where)
             if step is not None:
                 last = self._decode(content, step, logits_to_keep)
                 return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
         before = None if cache is None else cache.ordinary_tokens(len(content))
         rows = Rows.of(self.config, content, attention_mask, position_ids, before)
-        output, hidden_states = _keep(rows.layout.output, logits_to_keep), None
+        output, hidden_states = keep(rows.layout.output, logits_to_keep), None
         view = self._view_of_all(rows, cache, retrieval)
         if view is not None:
             last, hidden_states = self._attend_to_all(rows, view, output, bool(output_hidden_states))
@@ -170,6 +197,10 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
             direct = config.retrieval(*retrieval).num_direct_blocks
         how = {"kernels": config.kernels, "pooled": pooled, "exact_weights": config.block_weight == "exact"}
         whole = WholeRows(config.block_size, config.train_retrieved_blocks, direct, num_sink_blocks=sinks, **how)
+        if whole.exact_weights and cache is None and (self.training or are_collected()):
+            reading = config.retrieval(*retrieval)
+            far = {"retrieved": reading.num_retrieved_blocks, "direct": reading.num_direct_blocks}
+            whole = TaughtRows(**vars(whole), **far)
         longest = config.train_context_length
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)
@@ -203,7 +234,8 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
         states = self._through_layers(self._embed(content, step.source), step, self._rotary_table(content.device))
         step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
-        return self.norm(_take(states, _keep(step.output, logits_to_keep)))
+        step.cache.read_by(self, step.settings)
+        return self.norm(_take(states, keep(step.output, logits_to_keep)))
 
     def _through_layers(
         self, states: Tensor, view: View, rotary: RotaryTable, *, fill_cache_only: bool = False
@@ -236,166 +268,30 @@ class LandmarkLlamaModel(LandmarkPreTrained, StreamingMixin, LlamaModel):
         return self._rotary
 
 
-class LandmarkLlamaForCausalLM(
-    LandmarkPreTrained, SavedWithCard, FromLlamaMixin, LandmarkGenerationMixin, LlamaForCausalLM
-):
+class LandmarkLlamaAttention(LandmarkAttention, LlamaAttention):
+    """LLaMA's attention with landmarks."""
+
+
+class LandmarkLlamaDecoderLayer(LandmarkDecoderLayer, LlamaDecoderLayer):
+    """LLaMA's layer with landmark attention."""
+
+    attention_class = LandmarkLlamaAttention
+
+
+class LandmarkLlamaModel(LandmarkModel, LlamaModel):
+    """LLaMA's layers over landmarked rows, plain coordinates outside."""
+
+    config_class, layer_class = LandmarkLlamaConfig, LandmarkLlamaDecoderLayer
+    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
+
+
+class LandmarkLlamaForCausalLM(FromLlamaMixin, LandmarkForCausalLM, LlamaForCausalLM):
     """A LLaMA language model that reads texts far longer than it was trained on."""
 
-    accepts_loss_kwargs = True
-
-    def __init__(self, config: LandmarkLlamaConfig) -> None:
-        super().__init__(config)
-        self.model = LandmarkLlamaModel(config)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: LandmarkCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        num_retrieved_blocks: int | None = None,
-        num_local_blocks: int | None = None,
-        local_attention: LocalAttention | None = None,
-        retrieval_granularity: RetrievalGranularity | None = None,
-        seq_idx: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        cache_position: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the loss if `labels` are given, in plain coordinates.
-
-        Without a cache, rows that fit `train_context_length` attend to all of their blocks; longer ones are streamed
-        through a temporary cache, in evaluation only. In training, a call with a cache is a segment of a longer text
-        (`docs/training_through_memory.md`): gradients end where it begins.
-
-        Args:
-            input_ids: (batch, length) ordinary tokens. Landmarks in their regular places are accepted and dropped: the
-                result has the columns of the other tokens (rows that hold fewer of those padded on the left).
-            attention_mask: (batch, length), or with the columns of earlier calls in front; 0 hides a column, anywhere.
-                Positions follow from it: each row's tokens are numbered from its first real one.
-            position_ids: (batch, length), or (1, length) for all rows. They may restart at 0 inside a row, in calls
-                without a cache: there another document begins, which is read as if it stood in a row of its own. Where
-                they only count on, they change nothing.
-            past_key_values: what earlier calls read; this call is added to it.
-            inputs_embeds: (batch, length, hidden_size), instead of `input_ids`.
-            labels: (batch, length), as for LLaMA: -100 (and landmarks) are ignored, the shift happens here. One column
-                more, (batch, length + 1), names the token that the last column predicts.
-            use_cache: True returns a new `LandmarkCache` if none is given.
-            logits_to_keep: the last so many columns (0: all), or a 1-dimensional tensor of columns. The loss is over
-                all columns, whatever is kept.
-            output_hidden_states: for calls without a cache that fit `train_context_length`.
-            num_items_in_batch: divides the loss instead of the number of labels (gradient accumulation).
-            num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity: in place of the
-                configuration's, for this call.
-            cu_seq_lens_q: (documents + 1,), where the documents of a single row begin, and its length; instead of
-                `position_ids`.
-            seq_idx: (batch, length), the number of each column's document; instead of both.
-            cu_seq_lens_k, max_length_q, max_length_k, cache_position, token_type_ids: accepted, as other libraries pass
-                them to any model, and not needed.
-
-        Raises:
-            ValueError: naming the argument and the place in it.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep if labels is None else 0,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            num_retrieved_blocks=num_retrieved_blocks,
-            num_local_blocks=num_local_blocks,
-            local_attention=local_attention,
-            retrieval_granularity=retrieval_granularity,
-            seq_idx=seq_idx,
-            cu_seq_lens_q=cu_seq_lens_q,
-        )
-        states, loss = outputs.last_hidden_state, None
-        if labels is None:
-            logits = self._logits(states)
-        else:
-            targets = self._targets(labels, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
-            everything = isinstance(logits_to_keep, int) and not logits_to_keep
-            logits = self._logits(states if everything else _keep(states, logits_to_keep))
-            loss = self._loss(states, targets, num_items_in_batch, logits if everything else None)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """The output embedding of `states`; padding of the vocabulary is never predicted."""
-        logits = self.lm_head(states)
-        if self.config.num_padded_tokens:
-            logits[..., -self.config.num_padded_tokens :] = torch.finfo(logits.dtype).min
-        return logits
-
-    def _targets(self, labels: Tensor, content: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """What the result's columns predict, (batch, columns); -100 for landmarks and for what follows on padding."""
-        batch, length = content.shape[:2]
-        if labels.shape not in ((batch, length), (batch, length + 1)):
-            raise ValueError(
-                f"labels: shape {tuple(labels.shape)} differs from the input's {(batch, length)}; only a column more, "
-                "for the token after the last one, may be given"
-            )
-        real = torch.ones(batch, length, dtype=torch.bool, device=labels.device)
-        if attention_mask is not None:
-            real = attention_mask[:, -length:].to(real)
-        labels = labels.masked_fill(labels == self.config.landmark_token_id, -100)
-        labels = nn.functional.pad(labels, (0, length + 1 - labels.shape[1]), value=-100)
-        if not content.is_floating_point():
-            given = (content.to(labels.device) == self.config.landmark_token_id) & real
-            if given.any():
-                labels = compact(labels, nn.functional.pad(~given, (0, 1), value=True), fill=-100)
-                real = compact(real, ~given)
-        # a row's first token is predicted from nothing, whether or not padding stands before it
-        return labels[:, 1:].masked_fill(~real, -100)
-
-    def _loss(
-        self, states: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, logits: Tensor | None
-    ) -> Tensor:
-        """Mean cross-entropy; without all `logits` given, it holds those of one training context a row at once."""
-        targets = targets.to(states.device)
-        total = states.new_zeros((), dtype=torch.float32)
-        if logits is not None and logits.requires_grad:
-            parts = [(logits, targets)]  # whole: a part's gradient would be copied, and rows in training are short
-        else:
-            length = self.config.train_context_length
-            pieces = map(self._logits, states.split(length, dim=1)) if logits is None else logits.split(length, dim=1)
-            parts = zip(pieces, targets.split(length, dim=1), strict=True)
-        for part, target in parts:
-            scores = part.float().flatten(0, 1)
-            total = total + nn.functional.cross_entropy(scores, target.flatten(), ignore_index=-100, reduction="sum")
-        items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+    config_class, model_class = LandmarkLlamaConfig, LandmarkLlamaModel
+    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
 
 
 def _take(states: Tensor, column: Tensor) -> Tensor:
     """`states` (batch, columns, size) at `column` (batch, outputs)."""
     return states.gather(1, column.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-
-
-def _keep(columns: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Those of (batch, columns, ...) that `logits_to_keep` names."""
-    if isinstance(logits_to_keep, int):
-        return columns[:, -logits_to_keep:] if logits_to_keep else columns
-    if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool:
-        raise ValueError(
-            f"logits_to_keep: a number of columns or a 1-dimensional tensor of them, got {logits_to_keep.dtype} "
-            f"of shape {tuple(logits_to_keep.shape)}"
-        )
-    return columns[:, logits_to_keep.to(columns.device)]

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from landmark_llama.calibration import LandmarkCalibration
-from landmark_llama.configuration import LandmarkLlamaConfig
 from landmark_llama.hub import InstalledClass
 from landmark_llama.model_card import model_card, write_card
 
@@ -17,8 +16,6 @@ from landmark_llama.model_card import model_card, write_card
 class LandmarkPreTrained(InstalledClass):
     """What both models tell transformers: they attend by themselves, and none of its attention backends can do it."""
 
-    config_class = LandmarkLlamaConfig
-    _no_split_modules = ["LandmarkLlamaDecoderLayer"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
     _can_compile_fullgraph = False
 

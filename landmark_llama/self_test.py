@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from landmark_llama.checkpoints.files import Checkpoint
-from landmark_llama.modeling import LandmarkLlamaForCausalLM
+from landmark_llama.families import landmark_class
+from landmark_llama.language_model import LandmarkForCausalLM
 from landmark_llama.tokenization import plain_length
 
 KEY = "48213"
@@ -71,7 +72,7 @@ class SelfTest:
         return f"NOT found, though it reads ({loss}): its landmarks are untrained, or it is too small for this task"
 
 
-def self_test(model: LandmarkLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SelfTest:
+def self_test(model: LandmarkForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SelfTest:
     """Asks `model` for a number that stands just outside its direct view.
 
     The filler has at most about 2,000 tokens. A model with a longer direct view is tested without retrieval.
@@ -118,7 +119,7 @@ def report(folder: Path) -> str:
             f"python -m landmark_llama.self_test {folder} where there is more"
         )
     try:
-        model = LandmarkLlamaForCausalLM.from_pretrained(folder).eval()
+        model = landmark_class(AutoConfig.from_pretrained(folder), folder).from_pretrained(folder).eval()
         return str(self_test(model, AutoTokenizer.from_pretrained(folder)))
     except Exception as error:
         return f"self-test: could not be run ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
@@ -136,7 +137,7 @@ def _free_memory() -> float:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="landmark_llama.self_test", description="One pass key prompt, answered.")
-    parser.add_argument("model", type=Path, help="the folder of a landmark LLaMA with its tokenizer")
+    parser.add_argument("model", type=Path, help="the folder of a landmark model with its tokenizer")
     args = parser.parse_args(argv)
     try:
         print(report(args.model))

@@ -1,4 +1,4 @@
-"""Publishes a tuned model without the weights of its base: as the exact difference from a LLaMA.
+"""Publishes a tuned model without the weights of its base: as the exact difference from the dense model.
 
     python -m landmark_llama.weight_difference make TUNED BASE OUT
     python -m landmark_llama.weight_difference recover DIFFERENCE BASE OUT
@@ -39,7 +39,7 @@ from landmark_llama.checkpoints.files import (
     staged,
     write_weights,
 )
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.families import FAMILIES
 from landmark_llama.import_released import import_released, is_released
 
 MANIFEST = "weight_difference.json"
@@ -70,22 +70,22 @@ def make(
     output: str | os.PathLike[str],
     max_shard_size: int | str = "2GB",
 ) -> None:
-    """Writes the difference between a landmark LLaMA and the LLaMA it was made from.
+    """Writes the difference between a landmark model and the dense one it was made from.
 
     Args:
         tuned: a checkpoint of this library: a local folder or a hub id.
-        base: the LLaMA, as safetensors or .bin files: a local folder or a hub id.
+        base: the dense model, as safetensors or .bin files: a local folder or a hub id.
         output: a new or empty folder. It appears only when everything in it is written.
         max_shard_size: largest weight file: bytes, or a text such as "2GB".
 
     Raises:
         OSError: a file is missing, truncated or damaged.
-        ValueError: `tuned` is not a landmark LLaMA, `base` has another shape, or `output` is not empty.
+        ValueError: `tuned` is not a landmark model, `base` has another shape, or `output` is not empty.
     """
     output = Path(output)
     check_output(output)
     tuned_files, base_files = Checkpoint.open(tuned), Checkpoint.open(base)
-    _check_is_landmark_llama(tuned, tuned_files)
+    _check_is_landmark_model(tuned, tuned_files)
     base_names = {name: _base_name(name, base_files) for name in tuned_files.names()}
     for name, base_name in base_names.items():
         check_base_shape(name, tuned_files.meta[name], base_files, base_files.meta.get(base_name))
@@ -112,17 +112,18 @@ def make(
         _write_manifest(staging, records)
 
 
-def _check_is_landmark_llama(source: str | os.PathLike[str], files: Checkpoint) -> None:
+def _check_is_landmark_model(source: str | os.PathLike[str], files: Checkpoint) -> None:
     model_type = read_json(files.folder / "config.json").get("model_type")
-    if model_type != LandmarkLlamaConfig.model_type:
+    ours = [family.config_class.model_type for family in FAMILIES.values()]
+    if model_type not in ours:
         raise ValueError(
-            f"{source}: model_type is {model_type!r}, not {LandmarkLlamaConfig.model_type!r}; a model of the paper's "
+            f"{source}: model_type is {model_type!r}, not {' or '.join(map(repr, ours))}; a model of the paper's "
             "released code has to be imported first: python -m landmark_llama.import_released"
         )
     if rank := read_json(files.folder / "config.json").get("landmark_query_rank"):
         raise ValueError(
-            f"{source}: landmark_query_rank={rank}: a LLaMA has nothing that the weights of a calibration could be a "
-            "difference from; publish an adapter, or the whole model"
+            f"{source}: landmark_query_rank={rank}: a dense model has nothing that the weights of a calibration could "
+            "be a difference from; publish an adapter, or the whole model"
         )
 
 
@@ -136,7 +137,7 @@ def recover(
 
     Args:
         difference: written by `make`, or a weight difference of the paper's released code, which is then imported.
-        base: the LLaMA that the difference was made from. Both are local folders or hub ids.
+        base: the dense model that the difference was made from. Both are local folders or hub ids.
         output, max_shard_size: as for `make`.
 
     Returns:
@@ -258,11 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="landmark_llama.weight_difference", description=make.__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="write the difference between a tuned model and its base")
-    making.add_argument("tuned", help="a landmark LLaMA: a folder or a hub id")
+    making.add_argument("tuned", help="a landmark model: a folder or a hub id")
     recovering = commands.add_parser("recover", help="write the tuned model")
     recovering.add_argument("difference", help="a difference written by make, or the paper's own weight difference")
     for command in (making, recovering):
-        command.add_argument("base", help="the LLaMA that the tuned model was made from: a folder or a hub id")
+        command.add_argument("base", help="the dense model that the tuned model was made from: a folder or a hub id")
         command.add_argument("output", help="the folder to write; must be new or empty")
         command.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: 2GB)")
     recovering.add_argument(

@@ -24,6 +24,7 @@ class Case(NamedTuple):
     angles: RotaryTable  # in float64
     k: int
     block_size: int
+    landmark_query: Tensor | None = None  # the shape of `query`: what scores landmarks in its place
 
     @property
     def rotary(self) -> RotaryTable:
@@ -37,7 +38,10 @@ class Case(NamedTuple):
         storage.key, storage.value, storage.landmark = (
             x.to(dtype) for x in (self.storage.key, self.storage.value, self.storage.landmark)
         )
-        return self._replace(query=self.query.to(dtype), storage=storage)
+        if self.storage.bias is not None:
+            storage.bias = self.storage.bias.to(torch.promote_types(dtype, torch.float32))
+        scoring = None if self.landmark_query is None else self.landmark_query.to(dtype)
+        return self._replace(query=self.query.to(dtype), storage=storage, landmark_query=scoring)
 
 
 def make_case(
@@ -54,8 +58,12 @@ def make_case(
     share: bool = False,
     tie: bool = False,
     dtype: torch.dtype = torch.float32,
+    own: str = "",
 ) -> Case:
-    """Rows that have read `start` landmarked positions and bring `length` more."""
+    """Rows that have read `start` landmarked positions and bring `length` more.
+
+    own: what landmarks have of their own: `"query"`, `"bias"` or `"query_and_bias"`.
+    """
     generator = torch.Generator().manual_seed(sum(start) + sum(length) + block_size)
 
     def draw(*shape: int) -> Tensor:
@@ -85,28 +93,35 @@ def make_case(
     angle = torch.arange(blocks * block_size).unsqueeze(1) * 50.0 ** -torch.linspace(0, 1, head_dim // 2).double()
     angles = RotaryTable(angle.cos(), angle.sin()).to(DEVICE)
     query = 2 * draw(batch, columns, kv_heads, heads // kv_heads, head_dim).to(DEVICE)
-    return Case(query, storage, groups.to(DEVICE), angles, k, block_size)
+    scoring = 2 * draw(*query.shape).to(DEVICE) if "query" in own else None
+    if "bias" in own:
+        storage.bias = torch.randn(storage.key.shape[:3], generator=generator).to(DEVICE)
+    return Case(query, storage, groups.to(DEVICE), angles, k, block_size, scoring)
 
 
-def choose(case: Case, granularity: str, tie: bool = False) -> Tensor:
+def choose(case: Case, granularity: str, tie: bool = False, sinks: int = 0) -> Tensor:
     """Blocks by the kernels."""
     return select_blocks(
-        case.query,
+        case.query if case.landmark_query is None else case.landmark_query,
         case.storage.landmark,
         case.groups,
+        bias=case.storage.bias,
         k=case.k,
         share=granularity == "head",
         landmarks_tie=tie,
+        num_sink_blocks=sinks,
         block_size=case.block_size,
         rotary=case.rotary,
         scale=SCALE,
     )
 
 
-def chosen_in_pytorch(case: Case, granularity: str, tie: bool = False) -> Choice:
+def chosen_in_pytorch(case: Case, granularity: str, tie: bool = False, sinks: int = 0) -> Choice:
     """Blocks by the definition."""
     groups = case.groups
-    grouped = groups.gather(case.query).permute(0, 3, 4, 1, 2, 5)
+    grouped = groups.gather(case.query if case.landmark_query is None else case.landmark_query).permute(
+        0, 3, 4, 1, 2, 5
+    )
     rotated = rotate_to_distances(grouped * SCALE, groups.position, case.k, case.block_size, case.rotary)
     return choose_blocks(
         rotated,
@@ -115,4 +130,6 @@ def chosen_in_pytorch(case: Case, granularity: str, tie: bool = False) -> Choice
         groups.valid,
         granularity=granularity,
         landmarks_tie=tie,
+        num_sink_blocks=sinks,
+        biases=case.storage.biases(max(1, groups.candidates)),
     )

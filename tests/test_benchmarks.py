@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from documents import byte_tokenizer, write_jsonl
 
-from benchmarks import checks, generation, kernels, measure, table, tokenisation, training
+from benchmarks import checks, generation, measure, table, tokenisation, training
 from benchmarks.models import (
     DENSE,
     DENSE_STATIC,
@@ -69,10 +69,11 @@ def test_a_tiny_run_in_fresh_processes_writes_rows_of_the_promised_form(tmp_path
     flags = ["--lengths", "50", "--granularity", "head", "--decode_tokens", "16", "--repetitions", "2"]
     assert generation.main([*tiny_flags(), *flags, "--output", str(output)]) == 0
     rows = read_rows(output)
-    names = {"decode_ms_per_token": (DENSE, DENSE_STATIC, "landmark head")}
-    assert [(row["quantity"], row["implementation"]) for row in rows] == [
-        (quantity, name) for quantity in generation.QUANTITIES for name in names.get(quantity, (DENSE, "landmark head"))
-    ]
+    dense = [(q, DENSE) for q in generation.QUANTITIES]
+    dense.insert(2, ("decode_ms_per_token", DENSE_STATIC))
+    landmark = [(q, "landmark head") for q in generation.QUANTITIES]
+    # each implementation's as soon as it is measured
+    assert [(row["quantity"], row["implementation"]) for row in rows] == dense + landmark
     for row in rows:
         assert (FIGURES | SURROUNDINGS) <= row.keys()
         assert (row["length"], row["repetitions"], len(row["values"])) == (50, 2, 2)
@@ -309,43 +310,6 @@ def test_the_table_names_the_line_that_is_no_row(tmp_path):
         table.last_run(tmp_path / "missing.jsonl")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-def test_the_kernels_benchmark_says_in_one_sentence_that_it_needs_a_gpu(tmp_path, capsys):
-    output = tmp_path / "rows.jsonl"
-    assert kernels.main(["--output", str(output)]) == 2
-    assert capsys.readouterr().err == "benchmarks: no GPU was found, and the kernels run on nothing else\n"
-    assert not output.exists()
-
-
-def test_the_kernels_benchmark_refuses_another_implementation_that_is_not_there():
-    with pytest.raises(ValueError, match="--against nowhere:at_all: no such module:function"):
-        kernels.main(["--against", "nowhere:at_all"])
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_reading_is_timed_over_the_whole_prompt_and_what_fails_is_kept_apart(tmp_path, monkeypatch, kv_heads):
-    monkeypatch.setattr(kernels, "DEVICE", "cpu")  # where cuDNN will not do
-    monkeypatch.setattr(kernels, "CHUNK_POSITIONS", 16)
-    args = kernels.Arguments(heads=2, kv_heads=kv_heads, head_dim=8, block_size=4, num_local_blocks=2, repetitions=1)
-    read = []
-    attend = kernels.attend_through_table
-
-    def counted(query, storage, groups, **settings):
-        read.append(query.shape[1])
-        return attend(query, storage, groups, **settings)
-
-    monkeypatch.setattr(kernels, "attend_through_table", counted)
-    results = measure.ResultsFile(tmp_path / "rows.jsonl", {})
-    kernels.measure_reading(args, 50, ["head", "token_and_head"], kernels.Rates(1e9, 1e9), results)
-    rows = read_rows(tmp_path / "rows.jsonl")
-    assert [row["implementation"] for row in rows] == ["flash", "landmark head", "landmark token_and_head"]
-    assert {row["quantity"] for row in rows} == {"reading_seconds"} and all(row["ratio_to_floor"] > 1 for row in rows)
-    assert rows[1]["floor_seconds"] == rows[2]["floor_seconds"] != rows[0]["floor_seconds"]
-    assert read[:4] == [16, 16, 16, 2] and set(read) == {16, 2}
-    (failed,) = read_rows(tmp_path / "rows.failed.jsonl")
-    assert failed["implementation"] == "cudnn"
-
-
 def test_another_model_is_measured_in_the_same_run(tmp_path, in_this_process, monkeypatch):
     (tmp_path / "elsewhere.py").write_text(
         "from transformers import LlamaForCausalLM\n"
@@ -363,24 +327,6 @@ def test_another_model_is_measured_in_the_same_run(tmp_path, in_this_process, mo
     assert {row["ratio_to_dense"] for row in rows} == {None}
     with pytest.raises(ValueError, match="--against elsewhere:nothing: no such module:function"):
         generation.main([*tiny_flags(), "--against", "elsewhere:nothing"])
-
-
-def test_the_floor_of_attention_is_the_slower_of_operations_and_bytes():
-    args = kernels.Arguments(heads=2, head_dim=8)
-    rates = kernels.Rates(operations_per_second=1.0, bytes_per_second=1e9)
-    assert rates.floor(args, length=4, batch=3, backward=False) == 2 * 3 * 2 * 4 * 4 * 8
-    rates = kernels.Rates(operations_per_second=1e9, bytes_per_second=1.0)
-    tensor = 3 * 2 * 4 * 8 * 2  # bytes of one in bfloat16
-    assert rates.floor(args, length=4, batch=3, backward=False) == 4 * tensor
-    assert rates.floor(args, length=4, batch=3, backward=True) == 12 * tensor
-
-
-def test_the_floor_of_reading_counts_every_landmark_and_the_blocks_of_the_table():
-    args = kernels.Arguments(heads=3, head_dim=8, block_size=4, num_retrieved_blocks=2, num_local_blocks=1)
-    landmarks = 2 * 3 * 8 * (40 * 10 / 2)  # 40 queries score 5 landmarks each, on average
-    table = 4 * 3 * 8 * 40 * (2 + 1 + 0.5) * 4  # scores and values of two, one, and half of the own block
-    rates = kernels.Rates(operations_per_second=1.0, bytes_per_second=1e9)
-    assert rates.reading_floor(args, 40) == landmarks + table
 
 
 def test_tokenisation_is_measured_beside_plain_datasets_and_only_where_the_ids_agree(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import logits_in_calls, ragged, random_ids, tiny_config, tiny_model
+from tiny import LANDMARKS, logits_in_calls, ragged, random_ids, tiny_config, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,11 +81,14 @@ def cache_with(recorder: Recorder, config: Any) -> LandmarkCache:
 
 
 @without_gpu
-@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+@pytest.mark.parametrize(
+    ("granularity", "landmark"), [("token_and_head", "token"), ("head", "token"), ("head", "pooled_and_calibrated")]
+)
 def test_a_step_with_kernels_waits_for_nothing(
-    recorder: Recorder, granularity: str, monkeypatch: pytest.MonkeyPatch
+    recorder: Recorder, granularity: str, landmark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"num_retrieved_blocks": 1, "num_local_blocks": 1, "retrieval_granularity": granularity}
+    settings |= LANDMARKS[landmark]
     model, ids = tiny_model(num_hidden_layers=1, **settings), random_ids(1, 19)
     calls = [14, *[1] * 5]  # the first of them ends a block
     expected = logits_in_calls(model, ids, calls)
@@ -138,8 +141,9 @@ def test_a_cache_of_another_size_in_the_same_memory_is_recorded_anew(recorder: R
     )
     graphs = DecodingGraphs(recorder)
     for blocks, recorded in ((8, 0), (8, 1), (8, 1), (16, 1), (16, 2)):
+        held = {"landmarks": lambda _: memory, "biases": lambda _: None, "device": memory.device}
         resident = memory[:, :, :blocks], memory
-        storage = SimpleNamespace(resident=resident, device=memory.device, capacity=blocks, block_size=4)
+        storage = SimpleNamespace(resident=resident, **held, capacity=blocks, block_size=4)
         graphs.run(lambda x, _: x + 1, torch.zeros(1, 1, 8), table.Table(step, [storage], settings), rotary=None)
         assert recorder.recorded == recorded
 

@@ -1,5 +1,6 @@
 """A LLaMA in a GGUF file becomes a landmark LLaMA. Skips where gguf is not installed."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,13 @@ NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama") -> None:
-    """Writes the weights in 8 bits where rows are long enough (Q8_0, blocks of 32), the rest in fp32."""
+def write_gguf(
+    model: LlamaForCausalLM, path: Path, architecture: str = "llama", write_tokenizer: Callable | None = None
+) -> None:
+    """Writes the weights in 8 bits where rows are long enough (Q8_0, blocks of 32), the rest in fp32.
+
+    write_tokenizer: called with the writer; default: a list of words, which makes no tokenizer.
+    """
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     for write, value in (
         (writer.add_context_length, config.max_position_embeddings),
@@ -35,12 +41,15 @@ def write_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama")
         (writer.add_rope_dimension_count, config.head_dim),
         (writer.add_vocab_size, config.vocab_size),
         (writer.add_file_type, gguf.LlamaFileType.MOSTLY_Q8_0),
-        (writer.add_tokenizer_model, "llama"),
-        (writer.add_token_list, [f"word{i}" for i in range(config.vocab_size)]),
         (writer.add_bos_token_id, 1),
         (writer.add_eos_token_id, 2),
     ):
         write(value)
+    if write_tokenizer is None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([f"word{i}" for i in range(config.vocab_size)])
+    else:
+        write_tokenizer(writer)
     for name, weight in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for projection, count in heads.items():

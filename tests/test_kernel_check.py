@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_finetune_run import base, data, flags  # noqa: F401
-from tiny import random_ids, tiny_model
+from tiny import LANDMARKS, random_ids, tiny_model
 from torch import Tensor
 
 from finetune import kernel_check
@@ -50,20 +50,37 @@ def test_right_kernels_pass_in_every_layer(
 
 
 @without_gpu
+@pytest.mark.parametrize("landmark", [landmark for landmark in LANDMARKS.values() if landmark], ids=str)
+def test_landmarks_of_every_kind_are_compared(landmark: dict, as_on_a_gpu: None, monkeypatch) -> None:
+    model = tiny_model(num_hidden_layers=1, **landmark)
+    assert check_kernels(model, IDS) == 1
+    kernels = fused.fused_landmark_attention
+
+    def without_what_is_the_landmarks_own(*rows: Tensor) -> Tensor:
+        return kernels(*rows[:5])
+
+    monkeypatch.setattr(fused, "fused_landmark_attention", without_what_is_the_landmarks_own)
+    with pytest.raises(KernelsDifferError, match="layer 0: the kernels' output is off by"):
+        check_kernels(model, IDS)
+
+
+@without_gpu
 def test_a_text_longer_than_the_window_is_cut_to_it(as_on_a_gpu: None) -> None:
     assert check_kernels(tiny_model(), random_ids(2, 90)) == 2
 
 
-def slightly_stronger(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+def slightly_stronger(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float, *_: None) -> Tensor:
     return landmark_attention(query, key, value, block_size=block_size, scale=1.001 * scale, kernels=False)
 
 
-def twice_the_gradient_of_keys(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+def twice_the_gradient_of_keys(
+    query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float, *_: None
+) -> Tensor:
     key = key + (key - key.detach())
     return landmark_attention(query, key, value, block_size=block_size, scale=scale, kernels=False)
 
 
-def without_a_number(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float) -> Tensor:
+def without_a_number(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float, *_: None) -> Tensor:
     return landmark_attention(query, key, value, block_size=block_size, scale=scale, kernels=False) * torch.nan
 
 

@@ -1,7 +1,6 @@
 """Landmarks that tell blocks apart: pooled keys, a query and a bias of the landmarks' own, the calibration."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, landmark_attention
-from landmark_llama.attention import blockwise, landmark_attention_reference
-from landmark_llama.attention.availability import unsupported
+from landmark_llama.attention import availability, blockwise, landmark_attention_reference
 from landmark_llama.attention.pooling import pool_block, pool_rows
 from landmark_llama.attention.reference import landmark_attention_weights
 from landmark_llama.reading import table
@@ -264,23 +262,13 @@ def test_a_cache_goes_on_with_the_landmark_keys_that_it_holds(landmark_key: str)
             model(random_ids(1, more), past_key_values=cache)
 
 
-def test_the_kernels_say_that_they_score_landmarks_by_the_query_alone() -> None:
-    query, _, _, scoring, bias = inputs_with_landmarks((4, 2, 9, 13, 4, 8), (True, True), torch.float32)
-    for landmarks in ((scoring, None), (None, bias)):
-        assert "landmarks' own" in unsupported(query, *landmarks)
-    for landmark in (LANDMARKS["pooled"], LANDMARKS["calibrated"]):
-        assert LandmarkCache(tiny_config(**landmark), cuda_graphs=True).graphs is None
-    assert LandmarkCache(tiny_config(), cuda_graphs=True).graphs is not None
-
-
-def test_the_reading_kernels_are_not_given_what_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "triton_is_installed", lambda: pytest.fail("asked for kernels"))
-    pooled = tiny_model(landmark_key="pooled")(random_ids(1, 60), use_cache=True).past_key_values.storages[0]
-    plain = tiny_model()(random_ids(1, 60), use_cache=True).past_key_values.storages[0]
-    for storage in (pooled, plain):
-        storage.key = SimpleNamespace(device=torch.device("cuda"), dtype=storage.dtype, shape=storage.key.shape)
+def test_the_kernels_take_landmarks_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(availability, "kernels_run_on", lambda device: True)
     rotary = tiny_model().model._rotary_table(torch.device("cpu"))
-    assert not table.kernels_take(pooled, torch.float32, rotary)
-    assert not table.kernels_take(plain, torch.float32, rotary, torch.zeros(1))
-    with pytest.raises(pytest.fail.Exception, match="asked for kernels"):
-        table.kernels_take(plain, torch.float32, rotary)
+    for landmark in LANDMARKS.values():
+        model = tiny_model(**landmark)
+        (storage, _) = model(random_ids(1, 60), use_cache=True).past_key_values.storages
+        assert table.kernels_take(storage, torch.float32, rotary)
+        assert not table.kernels_take(storage, torch.float64, rotary)
+        assert LandmarkCache(model.config, cuda_graphs=True).graphs is not None

@@ -19,15 +19,18 @@ SCRIPT = Path(__file__).with_name("triton_compilation.py")
 # the training kernels they are loop invariants, read outside the innermost loops but for a few.
 SPILLS = {
     "forward_kernel": {80: 128},
-    "query_gradient_kernel": {80: 16},
+    "query_gradient_kernel": {80: 32},
     "key_gradient_kernel": {80: 128, 90: 16},
     "choose_kernel": {80: 16},
-    "attend_kernel": {80: 64, 90: 64},
+    "choose_shared_kernel": {80: 16},
+    "attend_kernel": {80: 64, 90: 112},
 }
+WIDE_HEADS = {"query_gradient_kernel": {90: 64}, "key_gradient_kernel": {80: 640}}  # of 256
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
     # by another assembler, ptxas 13.4, and with less shared memory
     SPILLS["forward_kernel"][90], SPILLS["key_gradient_kernel"][90] = 16, 160
 KERNELS = {"training": 3, "inference": 7}  # how many there are
+LOADS_AHEAD = ("forward_kernel", "query_gradient_kernel", "attend_kernel", "normalise_kernel", "choose_shared_kernel")
 
 
 def compiled(family: str, capability: int, *shapes: str) -> list[dict[str, Any]]:
@@ -41,11 +44,27 @@ def compiled(family: str, capability: int, *shapes: str) -> list[dict[str, Any]]
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", MEMORY)
 @pytest.mark.parametrize(
-    ("family", "shape"), [("training", "7b"), ("training", "narrow"), ("training", "published"), ("inference", "7b")]
+    ("family", "shape"),
+    [
+        ("training", "7b"),
+        ("training", "narrow"),
+        ("training", "published"),
+        ("training", "wide"),
+        ("training_landmarks", "7b"),
+        ("training_exact", "7b"),
+        ("inference", "7b"),
+        ("inference_landmarks", "7b"),
+        ("inference_exact", "7b"),
+    ],
 )
 def test_kernels_fit_the_chips(family: str, shape: str, capability: int) -> None:
     rows = compiled(family, capability, shape)
-    assert len({row["kernel"] for row in rows}) == KERNELS[family]
+    assert len({row["kernel"] for row in rows}) == KERNELS[family.partition("_")[0]]
+    limits = SPILLS | (WIDE_HEADS if shape == "wide" else {})
     for row in rows:
         assert row["shared"] <= MEMORY[capability], row
-        assert row["spills"] <= SPILLS.get(row["kernel"], {}).get(capability, 0), row
+        assert row["spills"] <= limits.get(row["kernel"], {}).get(capability, 0), row
+    if shape == "7b":  # each has a loop in which loads overlap the work
+        assert {row["kernel"] for row in rows if max(row["waits"], default=0)} == {
+            row["kernel"] for row in rows if row["kernel"] in LOADS_AHEAD
+        }

@@ -10,6 +10,7 @@ import torch
 from tolerance import assert_as_accurate
 from torch import Tensor
 
+from landmark_llama.attention.rotary import StillTable
 from landmark_llama.reading import table
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import DeviceStorage
@@ -33,11 +34,14 @@ def worth(case: Case, granularity: str) -> Tensor:
     groups, k, landmark = exact.groups, exact.k, exact.storage.landmark
     n = groups.first_block[:, None, None, :, None, None]
     block = torch.arange(landmark.shape[2], device=DEVICE)
-    grouped = groups.gather(exact.query).permute(0, 3, 4, 1, 2, 5) * SCALE
+    scoring = exact.query if exact.landmark_query is None else exact.landmark_query
+    grouped = groups.gather(scoring).permute(0, 3, 4, 1, 2, 5) * SCALE
     distance = (n - block).clamp(1, k + 1)
     place = groups.position[:, None, None, ..., None] + distance * exact.block_size
     rotated = exact.rotary.rotate(grouped.unsqueeze(-2), place)
     scores = torch.linalg.vecdot(rotated, landmark[:, :, None, None, None])
+    if exact.storage.bias is not None:
+        scores += exact.storage.bias[:, :, None, None, None]
     scores = scores.masked_fill(block >= n, -torch.inf)
     if granularity == "head":
         scores = scores.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # without candidates
@@ -64,7 +68,7 @@ def assert_the_best_are_chosen(case: Case, choice: Tensor, granularity: str) -> 
     torch.testing.assert_close(got.exp(), best.exp(), rtol=tolerance, atol=1e-7)
 
 
-SELECTION = {
+SELECTION: dict[str, dict[str, Any]] = {
     "ragged": {"start": [0, 37, 90], "length": [3, 21, 9], "k": 3},
     "blocks_of_two": {"start": [61, 9], "length": [5, 3], "block_size": 2, "direct": 0},
     "more_than_a_tile_of_landmarks": {"start": [800], "length": [4], "k": 5},
@@ -98,6 +102,20 @@ def test_where_landmarks_tie_the_choice_is_that_of_the_definition(name: str, gra
     assert torch.equal(chosen * valid, expected * valid)
 
 
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+@pytest.mark.parametrize("tie", [False, True], ids=["scored", "tied"])
+@pytest.mark.parametrize(
+    ("name", "sinks"), [("ragged", 1), ("ragged", 3), ("more_than_there_are", 5), ("chunked", 2), ("decoding", 2)]
+)
+def test_the_first_blocks_are_always_among_those_chosen(name: str, sinks: int, granularity: str, tie: bool) -> None:
+    case = make_case(**SELECTION[name], share=granularity == "head", tie=tie)
+    expected = chosen_in_pytorch(case, granularity, tie, sinks).block.sort(-1).values
+    chosen = choose(case, granularity, tie, sinks).long()
+    real = case.groups.valid if chosen.shape[4] > 1 else case.groups.valid.any(-1, keepdim=True)
+    real = real[:, None, None].expand(chosen.shape[:-1])
+    assert torch.equal(chosen[real], expected.expand(chosen.shape)[real])
+
+
 def test_of_equal_scores_the_later_blocks_are_chosen() -> None:
     case = make_case([130], [4], k=3, heads=1)
     landmark = case.storage.landmark
@@ -116,7 +134,7 @@ def test_a_walk_shared_by_programs_chooses_the_same(monkeypatch: pytest.MonkeyPa
     assert_the_best_are_chosen(case, shared, "token_and_head")
 
 
-def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
+def dense_table_attention(case: Case, choice: Tensor, exact: bool = False) -> Tensor:
     """Attention over the table by its definition, every query against every block, in the dtype of `case`.
 
     Returns:
@@ -124,7 +142,10 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     """
     groups, size, k = case.groups, case.block_size, case.k
     key, value = case.storage.key, case.storage.value
-    query = groups.gather(case.query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
+    # (batch, kv_heads, group, groups, queries, head_dim)
+    query, scoring = (
+        None if x is None else groups.gather(x).permute(0, 3, 4, 1, 2, 5) for x in (case.query, case.landmark_query)
+    )
     block = torch.arange(key.shape[2], device=DEVICE)
     n = groups.first_block[:, None, None, :, None, None]
     position = groups.position[:, None, None, ..., None]
@@ -135,12 +156,19 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     own = place // size == 0
     own, chosen = own & (block >= n), chosen & (block < n)
     earlier = chosen | ((block >= n) & (place >= size))
-    query = case.rotary.rotate(query.unsqueeze(-2), place.clamp(0, len(case.rotary.cos) - 1))
+    query, scoring = (
+        None if x is None else case.rotary.rotate(x.unsqueeze(-2), place.clamp(0, len(case.rotary.cos) - 1))
+        for x in (query, scoring)
+    )
     scores = (query.unsqueeze(-2) @ key[:, :, None, None, None].transpose(-1, -2) * SCALE).squeeze(-2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (..., queries, blocks, block_size)
     landmark, offset = scores[..., -1:], torch.arange(size, device=DEVICE)
+    if scoring is not None:
+        landmark = (torch.linalg.vecdot(scoring, key[:, :, None, None, None, :, -1]) * SCALE).to(scores).unsqueeze(-1)
+    if case.storage.bias is not None:
+        landmark = landmark + case.storage.bias[:, :, None, None, None, :, None]
     inside = scores.masked_fill(offset == size - 1, -torch.inf)
-    earlier_logits = inside - inside.logsumexp(-1, keepdim=True) + landmark
+    earlier_logits = inside if exact else inside - inside.logsumexp(-1, keepdim=True) + landmark
     own_logits = inside.masked_fill(offset > place.unsqueeze(-1), -torch.inf)
     logits = torch.where(own.unsqueeze(-1), own_logits, earlier_logits)
     logits = logits.masked_fill(~(own | earlier).unsqueeze(-1), -torch.inf)
@@ -149,7 +177,7 @@ def dense_table_attention(case: Case, choice: Tensor) -> Tensor:
     return groups.scatter(output.squeeze(-2).permute(0, 3, 4, 1, 2, 5))
 
 
-def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor) -> None:
+def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor, exact: bool = False) -> None:
     output = attend_table(
         case.query,
         case.storage.key,
@@ -160,10 +188,13 @@ def assert_attention_is_as_accurate_as_plain(case: Case, choice: Tensor) -> None
         block_size=case.block_size,
         rotary=case.rotary,
         scale=SCALE,
+        landmark_query=case.landmark_query,
+        bias=case.storage.bias,
+        exact=exact,
     )
     assert output.dtype == case.query.dtype and output.isfinite().all()
     real = case.groups.scatter(case.groups.valid)
-    reference, plain = (dense_table_attention(c, choice)[real] for c in (case.to(torch.float64), case))
+    reference, plain = (dense_table_attention(c, choice, exact)[real] for c in (case.to(torch.float64), case))
     assert_as_accurate(output[real], plain, reference)
 
 
@@ -201,10 +232,41 @@ def test_low_precision_is_as_accurate_as_plain_attention(name: str, dtype: torch
     assert_attention_is_as_accurate_as_plain(case, chosen.long())
 
 
+@pytest.mark.parametrize("own", ["query", "bias", "query_and_bias"])
+@pytest.mark.parametrize(
+    ("name", "granularity", "dtype"),
+    [
+        ("ragged", "token_and_head", torch.float32),
+        ("ragged", "head", torch.float16),
+        ("decoding", "token_and_head", torch.float16),
+        ("chunked", "head", torch.float32),
+    ],
+)
+def test_landmarks_may_have_a_query_and_a_bias_of_their_own(
+    name: str, granularity: str, dtype: torch.dtype, own: str
+) -> None:
+    case = make_case(**ATTENTION[name], share=granularity == "head", dtype=dtype, own=own)
+    chosen = choose(case, granularity)
+    assert_the_best_are_chosen(case, chosen, granularity)
+    assert_attention_is_as_accurate_as_plain(case, chosen.long())
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"), [("ragged", "token_and_head"), ("ragged", "head"), ("chunked", "head")]
+)
+def test_blocks_may_weigh_what_their_tokens_do(name: str, granularity: str) -> None:
+    case = make_case(**ATTENTION[name], share=granularity == "head", own="query_and_bias")
+    assert_attention_is_as_accurate_as_plain(case, chosen_in_pytorch(case, granularity).block, exact=True)
+
+
+@pytest.mark.parametrize("own", ["", "query_and_bias"])
 @pytest.mark.parametrize("granularity", ["token_and_head", "head", "token"])
-def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case([42, 0], [9, 3], share=granularity == "head")
-    settings = {"num_retrieved_blocks": case.k, "granularity": granularity}
+def test_the_model_attends_with_the_kernels_as_without(
+    granularity: str, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case([42, 0], [9, 3], share=granularity == "head", own=own)
+    settings = {"num_retrieved_blocks": case.k, "granularity": granularity, "landmark_query": case.landmark_query}
+    settings |= {"num_sink_blocks": 1, "exact_weights": True} if own else {}
     settings |= {"rotary": case.rotary, "scale": SCALE, "landmarks_tie": False}
     outputs = []
     for kernels in (False, True):
@@ -212,6 +274,21 @@ def test_the_model_attends_with_the_kernels_as_without(granularity: str, monkeyp
         outputs.append(attend_through_table(case.query, case.storage, case.groups, **settings))
     real = case.groups.scatter(case.groups.valid)
     torch.testing.assert_close(outputs[1][real], outputs[0][real])
+
+
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+def test_layers_without_rope_attend_with_the_kernels_as_without(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case([42, 0], [9, 3], share=granularity == "head")
+    settings = {"num_retrieved_blocks": case.k, "granularity": granularity, "scale": SCALE, "landmarks_tie": False}
+    outputs, still = [], StillTable.like(case.rotary)
+    for kernels, rotary in ((False, still), (True, still), (True, case.rotary)):
+        monkeypatch.setattr(table, "kernels_take", lambda *_, kernels=kernels: kernels)
+        outputs.append(attend_through_table(case.query, case.storage, case.groups, rotary=rotary, **settings))
+    pytorch, kernel, rotated = (output[case.groups.scatter(case.groups.valid)] for output in outputs)
+    torch.testing.assert_close(kernel, pytorch)
+    assert (kernel - rotated).abs().max() > 0.1
 
 
 def test_what_the_kernels_do_not_take_is_left_to_pytorch() -> None:

@@ -108,6 +108,92 @@ def test_fp16_results_and_gradients_are_as_accurate_as_the_definitions(case, use
     assert_right(random_inputs(shape, torch.float16, gain=2.0), shape[4])
 
 
+FORMS = {"query": (True, False), "bias": (False, True), "query_and_bias": (True, True)}
+
+
+def with_landmarks(attend: Callable[..., Tensor], block_size: int) -> Callable[..., Tensor]:
+    """`attend` of query, key, value and, where they are not None, a query and a bias of the landmarks' own."""
+
+    def attend_all(query: Tensor, key: Tensor, value: Tensor, *landmarks: Tensor) -> Tensor:
+        scoring = next((x for x in landmarks if x.dim() == 4), None)
+        bias = next((x for x in landmarks if x.dim() == 3), None)
+        return attend(query, key, value, block_size, query.shape[-1] ** -0.5, scoring, bias)
+
+    return attend_all
+
+
+def landmarks_of(inputs: tuple[Tensor, ...], block_size: int, form: tuple[bool, bool]) -> list[Tensor]:
+    """A query and a bias (fp32) of the landmarks' own, as far as `form` wants them."""
+    query, key, generator = inputs[0], inputs[1], torch.Generator().manual_seed(1)
+    scoring = torch.randn(query.shape, generator=generator).to(query)
+    bias = torch.randn(*key.shape[:2], key.shape[2] // block_size, generator=generator).to(DEVICE)
+    return [x for x, wanted in ((scoring, form[0]), (bias, form[1])) if wanted]
+
+
+def defined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    scale: float,
+    scoring: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    landmarks = {"landmark_query": scoring, "landmark_bias": bias}
+    output = landmark_attention_reference(query, key, value, block_size=block_size, scale=scale, **landmarks)
+    # without an earlier block, the definition never touches what scores landmarks
+    return output + sum(0 * x.sum() for x in (scoring, bias) if x is not None).to(output)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("case", "form", "dtype"),
+    [
+        ("less_than_a_block", "query_and_bias", torch.float32),
+        ("eight_heads_share_keys", "query", torch.float32),
+        ("a_block_wider_than_its_tile", "query", torch.float32),
+        ("a_block_wider_than_its_tile", "bias", torch.float16),
+        ("two_ordinary_tokens_a_block", "query_and_bias", torch.float16),
+        ("the_papers_block_twice_in_a_tile", "query_and_bias", torch.float16),
+    ],
+)
+def test_landmarks_may_have_a_query_and_a_bias_of_their_own(case, form, dtype, use_tile) -> None:
+    shape, tile = CASES[case]
+    use_tile(tile)
+    *rows, grad = random_inputs(shape, dtype, batch=2)
+    inputs = (*rows, *landmarks_of(rows, shape[4], FORMS[form]), grad)
+    actual = outcome(with_landmarks(fused_landmark_attention, shape[4]), inputs)
+    plain = outcome(with_landmarks(defined, shape[4]), inputs)
+    reference = outcome(with_landmarks(defined, shape[4]), inputs, torch.float64)
+    for a, p, r, x in zip(actual, plain, reference, (rows[0], *inputs[:-1]), strict=True):
+        assert a.dtype == x.dtype
+        assert_as_accurate(a.to(dtype), p.to(dtype), r)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("less_than_a_block", torch.float32),
+        ("eight_heads_share_keys", torch.float32),
+        ("a_block_wider_than_its_tile", torch.float16),
+        ("two_ordinary_tokens_a_block", torch.float16),
+    ],
+)
+def test_blocks_may_weigh_what_their_tokens_do(case, dtype, use_tile) -> None:
+    shape, tile = CASES[case]
+    use_tile(tile)
+    inputs, scale = random_inputs(shape, dtype, batch=2), shape[5] ** -0.5
+
+    def exactly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return landmark_attention_reference(query, key, value, block_size=shape[4], exact_weights=True)
+
+    actual = outcome(lambda q, k, v: fused_landmark_attention(q, k, v, shape[4], scale, exact_weights=True), inputs)
+    plain, reference = outcome(exactly, inputs), outcome(exactly, inputs, torch.float64)
+    for a, p, r in zip(actual, plain, reference, strict=True):
+        assert_as_accurate(a, p, r)
+
+
 def test_strides_are_taken_as_they_come_and_kept(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     inputs = random_inputs((2, 1, 20, 26, 8, 8), torch.float32, batch=2)
@@ -161,7 +247,9 @@ def test_the_operator_passes_opcheck(use_tile) -> None:
     use_tile(Tile(16, 16, 4, 1))
     *inputs, _ = random_inputs((2, 1, 9, 11, 4, 8), torch.float32)
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(torch.ops.landmark_llama.attention_forward.default, (*inputs, 4, 0.5))
+    landmark = torch.randn(1, 2, 9, 2, device=DEVICE, requires_grad=True)
+    for given in ((), (landmark,)):
+        torch.library.opcheck(torch.ops.landmark_llama.attention_forward.default, (*inputs, 4, 0.5, *given))
 
 
 def test_torch_compile_and_activation_checkpointing_give_the_same(use_tile) -> None:

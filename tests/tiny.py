@@ -78,7 +78,7 @@ def in_float64(model: LandmarkLlamaForCausalLM) -> LandmarkLlamaForCausalLM:
     copy = type(model)(model.config).eval().double()
     copy.load_state_dict(model.state_dict())
     for name, module in list(copy.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
             norm.weight = module.weight
             copy.set_submodule(name, norm)

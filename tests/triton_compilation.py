@@ -1,9 +1,13 @@
 """Compiles kernels ahead of time, for GPUs that this machine need not have.
 
-    python tests/triton_compilation.py training 90 7b published      # or inference; without shapes: all
+    python tests/triton_compilation.py training 90 7b published      # without shapes: all
+
+Families: training, inference; with a query and a bias of the landmarks' own training_landmarks, inference_landmarks;
+where blocks weigh what their tokens do training_exact, inference_exact.
 
 The launches of a real call are recorded instead of run, so arguments, tiles and specialisation are those of that call.
-Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program. Runs as a process
+Prints one JSON row per kernel: registers and spilled bytes of a thread, shared memory of a program; `waits`: for how
+many groups of loads it waits, where 0 alone means that no load overlaps the work. Runs as a process
 of its own, because a process either interprets kernels or compiles them.
 """
 
@@ -61,7 +65,7 @@ def compile_call(
         if isinstance(value, tuple):
             parts = [specialise(x, (*path, i)) for i, x in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # a named tuple keeps its names
-        if constant or (isinstance(value, int) and value == 1):
+        if constant or value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
         is_tensor = isinstance(value, torch.Tensor)
@@ -79,6 +83,8 @@ def compile_call(
         "kernel": kernel.fn.__name__,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "waits": sorted({int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])}),
         **resources(said.getvalue()),
     }
 
@@ -99,32 +105,42 @@ SHAPES = {
     "published": (32, 32, 128, 51, 5, torch.bfloat16, 51),
     "demo": (4, 4, 32, 16, 4, torch.float32, 16),
     "narrow": (32, 8, 64, 64, 8, torch.bfloat16, 64),
-    "wide": (8, 8, 256, 256, 4, torch.bfloat16, 256),
+    "wide_blocks": (8, 8, 256, 256, 4, torch.bfloat16, 256),
+    "wide": (8, 8, 256, 64, 4, torch.bfloat16, 64),
     "full_precision": (32, 8, 128, 64, 8, torch.float32, 64),
 }
 
 
-def training_calls(name: str, recorder: Recorder) -> Iterator[list[Call]]:
-    """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first."""
+def training_calls(name: str, recorder: Recorder, own: str) -> Iterator[list[Call]]:
+    """The launches of a training step at one of `SHAPES`: for each kernel its tiles, largest first.
+
+    own: `"landmarks"`: with a query or a bias of the landmarks' own; `"exact"`: blocks weigh what their tokens do.
+    """
     from landmark_llama.attention import fused
 
     heads, kv_heads, head_dim, block_size, _, dtype, _ = SHAPES[name]
     query, key = (torch.empty(1, n, 4096, head_dim, dtype=dtype) for n in (heads, kv_heads))
     lse = torch.empty(query.shape[:3])
+    logits = torch.empty(*lse.shape, 4096 // block_size) if own == "landmarks" else None
+    settings = (block_size, 0.1, logits, own == "exact")
     every = fused.tiles
     for kernel in fused.TILES:
         tiles = every(kernel, head_dim, dtype)
         for tile in tiles:
             fused.tiles = lambda *_, tile=tile: (tile,)
-            torch.ops.landmark_llama.attention_forward(query, key, key, block_size, 0.1)
-            torch.ops.landmark_llama.attention_backward(query, query, key, key, query, lse, block_size, 0.1)
+            torch.ops.landmark_llama.attention_forward(query, key, key, *settings)
+            torch.ops.landmark_llama.attention_backward(query, query, key, key, query, lse, *settings)
         recorded, recorder.calls = recorder.calls, []
         yield [call for call in recorded if call[0].fn.__name__ == f"{kernel}_kernel"]
     fused.tiles = every
 
 
-def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list[Call]]:
-    """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one."""
+def inference_calls(name: str, recorder: Recorder, memory: int, own: str) -> Iterator[list[Call]]:
+    """The launches of reading through the cache at one of `SHAPES`, with a choice per query and with a shared one.
+
+    own: `"landmarks"`: with a query and a bias of the landmarks' own; `"exact"`: with sinks, and blocks weigh what
+        their tokens do.
+    """
     from landmark_llama.attention.rotary import RotaryTable
     from landmark_llama.reading import choice_triton, table_triton
     from landmark_llama.reading.groups import QueryGroups
@@ -146,10 +162,16 @@ def inference_calls(name: str, recorder: Recorder, memory: int) -> Iterator[list
     )
     table = torch.empty(16, head_dim // 2)
     settings = {"block_size": block_size, "rotary": RotaryTable(table, table), "scale": 0.1}
+    settings["bias"] = torch.empty(landmark.shape[:-1]) if own == "landmarks" else None
+    weighing = {"landmark_query": query if own == "landmarks" else None, "exact": own == "exact"}
     for share, tie in ((False, False), (True, False), (False, True), (True, True)):
-        choice = choice_triton.select_blocks(query, landmark, groups, k=k, share=share, landmarks_tie=tie, **settings)
-        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **settings)
-    table_triton.attend_table(query, block, block, groups, None, one_block=True, **settings)
+        if own == "landmarks" and tie:
+            continue
+        choice = choice_triton.select_blocks(
+            query, landmark, groups, k=k, share=share, landmarks_tie=tie, num_sink_blocks=own == "exact", **settings
+        )
+        table_triton.attend_table(query, block, block, groups, choice, one_block=not tie, **weighing, **settings)
+    table_triton.attend_table(query, block, block, groups, None, one_block=True, **weighing, **settings)
     recorded, recorder.calls = recorder.calls, []
     yield from ([call] for call in recorded)
 
@@ -162,7 +184,7 @@ def constants(value: Any) -> Any:
 
 
 def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each distinct kernel of a family (`training`, `inference`) at the shapes `names`.
+    """A row for each distinct kernel of a family at the shapes `names`; families: as in the first line of usage.
 
     Of a kernel's tiles the first counts that the chip has room for, or the last.
     """
@@ -172,7 +194,11 @@ def compiled_rows(family: str, capability: int, names: list[str]) -> Iterator[di
     triton.JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
     for name in names:
         seen = set()
-        calls = training_calls(name, recorder) if family == "training" else inference_calls(name, recorder, memory)
+        kernels, _, own = family.partition("_")
+        if kernels == "training":
+            calls = training_calls(name, recorder, own)
+        else:
+            calls = inference_calls(name, recorder, memory, own)
         for tiles in calls:
             kernel, arguments, options = tiles[0]
             key = (kernel.fn.__name__, *((k, constants(v)) for k, v in arguments.items()), *sorted(options.items()))

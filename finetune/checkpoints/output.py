@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from finetune.arguments import RunArguments, UserError
 from finetune.checkpoints.resume import COMPLETE, SETTINGS, file_sizes, refuse_another_run, refuse_damage
 from finetune.disk import flush_to_disk, is_disk_full, write_json
-from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.hub import LOADER
+from landmark_llama.language_model import LandmarkForCausalLM
 from landmark_llama.model_card import CARD, is_own_card, model_card, write_card
 
 METRICS = "metrics.json"
@@ -88,7 +88,7 @@ def save_finished_model(trainer: Trainer, output_dir: Path) -> None:
 
 def write_run_card(output_dir: Path, model: PreTrainedModel, base: str | None, data: list[str], metrics: dict) -> None:
     """The card of a whole landmark model: what it was made from, trained on, and what came out."""
-    if isinstance(model, LandmarkLlamaForCausalLM):
+    if isinstance(model, LandmarkForCausalLM):
         results = {
             "held-out perplexity": f"{metrics['perplexity']:.4f}",
             "steps": metrics["steps"],

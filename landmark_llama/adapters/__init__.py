@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel
 
 from landmark_llama.adapters.folder import EMBEDDING, Adapter, is_adapter, with_calibration
 from landmark_llama.tokenization import add_landmark_token
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from landmark_llama.adapters.peft_model import LandmarkPeftModel
-    from landmark_llama.configuration import LandmarkLlamaConfig
+    from landmark_llama.configuration import LandmarkConfig
 
 __all__ = ["is_adapter", "landmark_lora_config", "load_adapter"]
 
 
-def landmark_lora_config(config: LandmarkLlamaConfig, **settings: Any) -> LoraConfig:
+def landmark_lora_config(config: LandmarkConfig, **settings: Any) -> LoraConfig:
     """A peft configuration that trains the landmark's embedding row beside LoRA matrices, for `peft.get_peft_model`.
 
     The calibration of the landmarks' queries, if the model has one, is trained whole.
@@ -48,7 +48,7 @@ def landmark_lora_config(config: LandmarkLlamaConfig, **settings: Any) -> LoraCo
 
 def load_adapter(
     folder: str | PathLike[str],
-    base: str | PathLike[str] | LlamaForCausalLM | None = None,
+    base: str | PathLike[str] | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     is_trainable: bool = False,

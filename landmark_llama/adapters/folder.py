@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from landmark_llama.calibration import CALIBRATION, add_calibration
 from landmark_llama.checkpoints.files import local_folder
-from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
-from landmark_llama.modeling import LandmarkLlamaForCausalLM
+from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkConfig
+from landmark_llama.families import landmark_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from landmark_llama.language_model import LandmarkForCausalLM
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_RECORD = (
     "adapter_config.json",
@@ -50,7 +52,7 @@ def is_adapter(folder: str | PathLike[str]) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def with_calibration(config: LandmarkLlamaConfig, modules_to_save: Iterable[str] | None) -> list[str] | None:
+def with_calibration(config: LandmarkConfig, modules_to_save: Iterable[str] | None) -> list[str] | None:
     """peft's `modules_to_save`, with the calibration of a model that has one."""
     names = {*(modules_to_save or ()), *([CALIBRATION] if config.landmark_query_rank else ())}
     return sorted(names) or None
@@ -68,7 +70,7 @@ class Adapter:
 
     folder: Path
     peft: dict[str, Any]  # adapter_config.json
-    config: LandmarkLlamaConfig
+    config: LandmarkConfig
     tokenizer_fingerprint: str
     names: frozenset[str]  # of its tensors
 
@@ -94,7 +96,7 @@ class Adapter:
             raise OSError(f"{path / ADAPTER_WEIGHTS}: truncated or damaged ({error})") from error
         except (json.JSONDecodeError, KeyError) as error:
             raise OSError(f"{folder}: {ADAPTER_CONFIG} or {TOKENIZER_RECORD} is damaged ({error!r})") from error
-        if not isinstance(config, LandmarkLlamaConfig):
+        if not isinstance(config, LandmarkConfig):
             raise ValueError(f"{folder}: config.json is of a {config.model_type!r}, not of a landmark LLaMA")
         adapter = cls(path, peft, config, fingerprint, frozenset(shapes))
         adapter._check_landmark_row(shapes)
@@ -147,13 +149,19 @@ class Adapter:
                 "take the tokenizer in the adapter's folder"
             )
 
-    def check_base(self, config: LlamaConfig, name: str | PathLike[str]) -> None:
+    def check_base(self, config: PretrainedConfig, name: str | PathLike[str]) -> None:
         """Raises ValueError unless a model of this configuration, landmark or vanilla, can be the adapter's base."""
         own, remedy = self.config, f"the adapter {self.folder} was trained on {self.base}: give that"
-        is_vanilla = not isinstance(config, LandmarkLlamaConfig)
+        is_vanilla = not isinstance(config, LandmarkConfig)
+        model_type = own.family.dense_type if is_vanilla else own.model_type
+        if config.model_type != model_type:
+            raise ValueError(f"{name}: model_type is {config.model_type!r}, not {model_type!r}; {remedy}")
         for field in SHAPE if is_vanilla else (*SHAPE, "landmark_token_id", "vocab_size", "block_size"):
-            if getattr(config, field) != getattr(own, field):
-                raise ValueError(f"{name}: {field} is {getattr(config, field)}, not {getattr(own, field)}; {remedy}")
+            found = getattr(config, field, None)
+            if field == "head_dim" and found is None:  # which some families leave to their models
+                found = config.hidden_size // config.num_attention_heads
+            if found != getattr(own, field):
+                raise ValueError(f"{name}: {field} is {found}, not {getattr(own, field)}; {remedy}")
         rank = getattr(config, "landmark_query_rank", 0)
         if rank not in (0, own.landmark_query_rank):
             raise ValueError(f"{name}: landmark_query_rank is {rank}, not {own.landmark_query_rank}; {remedy}")
@@ -167,27 +175,26 @@ class Adapter:
 
     def make_base(
         self,
-        source: str | PathLike[str] | LlamaForCausalLM,
+        source: str | PathLike[str] | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         **from_pretrained: Any,
-    ) -> LandmarkLlamaForCausalLM:
-        """The landmark LLaMA that the adapter is put on: `source`, with the adapter's landmark settings.
+    ) -> LandmarkForCausalLM:
+        """The landmark model that the adapter is put on: `source`, with the adapter's landmark settings.
 
-        source: a folder, a hub id or a loaded model; vanilla LLaMA or landmark LLaMA.
+        source: a folder, a hub id or a loaded model; dense or with landmarks.
         """
         settings = {name: getattr(self.config, name) for name in LANDMARK_SETTINGS}
         rank = self.config.landmark_query_rank
-        is_loaded = isinstance(source, LlamaForCausalLM)
+        model_class = landmark_class(self.config, self.folder)
+        is_loaded = isinstance(source, PreTrainedModel)
         config = source.config if is_loaded else AutoConfig.from_pretrained(source)
         self.check_base(config, type(source).__name__ if is_loaded else source)
-        if not isinstance(config, LandmarkLlamaConfig):
+        if not isinstance(config, LandmarkConfig):
             settings["landmark_query_rank"] = rank
-            return LandmarkLlamaForCausalLM.from_llama(
-                source, tokenizer, self.config.block_size, **settings, **from_pretrained
-            )
+            return model_class.from_dense(source, tokenizer, self.config.block_size, **settings, **from_pretrained)
         for name, value in settings.items():
             setattr(config, name, value)
         if not is_loaded:
-            source = LandmarkLlamaForCausalLM.from_pretrained(source, config=config, **from_pretrained)
+            source = model_class.from_pretrained(source, config=config, **from_pretrained)
         add_calibration(source, rank)
         return source

@@ -23,7 +23,7 @@ from landmark_llama.adapters.folder import (
     with_calibration,
 )
 from landmark_llama.calibration import LandmarkCalibration
-from landmark_llama.modeling import LandmarkLlamaForCausalLM
+from landmark_llama.language_model import LandmarkForCausalLM
 
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
@@ -41,7 +41,7 @@ class LandmarkPeftModel(PeftModelForCausalLM):
     """
 
     def __init__(
-        self, model: LandmarkLlamaForCausalLM, peft_config: LoraConfig, *, tokenizer_fingerprint: str, **kwargs: Any
+        self, model: LandmarkForCausalLM, peft_config: LoraConfig, *, tokenizer_fingerprint: str, **kwargs: Any
     ) -> None:
         peft_config.trainable_token_indices = {EMBEDDING: [model.config.landmark_token_id]}
         peft_config.modules_to_save = with_calibration(model.config, peft_config.modules_to_save)
@@ -52,7 +52,7 @@ class LandmarkPeftModel(PeftModelForCausalLM):
         self.tokenizer_fingerprint = tokenizer_fingerprint
 
     @classmethod
-    def of(cls, model: LandmarkLlamaForCausalLM, adapter: Adapter, is_trainable: bool = False) -> LandmarkPeftModel:
+    def of(cls, model: LandmarkForCausalLM, adapter: Adapter, is_trainable: bool = False) -> LandmarkPeftModel:
         """`model` with `adapter` loaded; raises ValueError if its landmark row is the one that `model` starts with."""
         _refuse_untrained_row(model, adapter)
         config = LoraConfig.from_pretrained(adapter.folder)
@@ -112,7 +112,7 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _refuse_untrained_row(model: LandmarkLlamaForCausalLM, adapter: Adapter) -> None:
+def _refuse_untrained_row(model: LandmarkForCausalLM, adapter: Adapter) -> None:
     with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as weights:
         row = weights.get_tensor(LANDMARK_ROW)[0]
     start = model.get_input_embeddings().weight[model.config.landmark_token_id]

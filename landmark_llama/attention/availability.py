@@ -37,18 +37,13 @@ def kernels_run_on(device: torch.device) -> bool:
     return device.type == "cuda" and triton_is_installed()
 
 
-def kernels_take_rows(query: Tensor, *landmarks: Tensor | None) -> bool:
-    """Whether the training kernels take `query` (..., head_dim) and its `landmarks`; where not, PyTorch does.
-
-    Arguments as of `unsupported`.
-    """
-    return kernels_run_on(query.device) and not unsupported(query, *landmarks)
+def kernels_take_rows(query: Tensor) -> bool:
+    """Whether the training kernels take `query` (..., head_dim); where not, PyTorch does."""
+    return kernels_run_on(query.device) and not unsupported(query)
 
 
-def unsupported(query: Tensor, landmark_query: Tensor | None = None, landmark_bias: Tensor | None = None) -> str | None:
-    """Why no kernel takes `query` (..., head_dim), or these landmarks' own query and bias; or None. Needs Triton."""
-    if landmark_query is not None or landmark_bias is not None:
-        return "a query or a bias of the landmarks' own: the Triton kernels score landmarks by the query alone"
+def unsupported(query: Tensor) -> str | None:
+    """Why no kernel takes `query` (..., head_dim), or None. Needs Triton."""
     if not query.is_cuda and not _interpreted():
         return f"query is on {query.device}: the Triton kernels run on CUDA devices"
     return unsupported_rows(query.dtype, query.shape[-1])

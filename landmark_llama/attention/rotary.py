@@ -19,12 +19,14 @@ class RotaryTable:
         scaling: factor that the RoPE type puts on queries and on keys. `rotate` leaves it out, so that a key can be
             rotated twice: by its offset inside its block, then by its block's slot. Put its square into the scale of
             the scores.
+        still: what layers without RoPE rotate by; None where there are none.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, scaling: float = 1.0) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, scaling: float = 1.0, still: StillTable | None = None) -> None:
         self.cos = cos
         self.sin = sin
         self.scaling = scaling
+        self.still = still
 
     def rotate(self, x: Tensor, position: Tensor | slice) -> Tensor:
         """Rotates `x` (..., head_dim) to `position`, which indexes the table and broadcasts against (...).
@@ -40,7 +42,17 @@ class RotaryTable:
     def to(self, device: torch.device, non_blocking: bool = False) -> RotaryTable:
         """The same table on `device` (the signature that accelerate's device hooks call)."""
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
-        return RotaryTable(cos, sin, self.scaling)
+        still = None if self.still is None else self.still.to(device, non_blocking)
+        return type(self)(cos, sin, self.scaling, still)
+
+
+class StillTable(RotaryTable):
+    """The table of layers without RoPE: all angles are 0."""
+
+    @classmethod
+    def like(cls, table: RotaryTable) -> StillTable:
+        """As long and wide as `table`."""
+        return cls(torch.ones_like(table.cos), torch.zeros_like(table.sin))
 
 
 class _Rotation(torch.autograd.Function):

@@ -10,6 +10,7 @@ and dot gives the shape of its result. Exponentials and logarithms are to base 2
     PARTS     key tiles of a block that is wider than one (then C = 1): its statistics take a pass of their own
     D         HEAD_DIM, padded to a power of two
     BLOCK     positions of a landmark block
+    EXACT     whether blocks weigh what their tokens do; else their landmarks say what
     MASKED    whether a query may not see all of the tile: it reaches the query's own block or goes beyond it
 """
 
@@ -20,7 +21,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from landmark_llama.attention import triton_tiles
 from landmark_llama.attention.triton_tiles import Strided, padded
+
+LOG2_E = tl.constexpr(triton_tiles.LOG2_E)
 
 
 class Sizes(NamedTuple):
@@ -150,14 +154,41 @@ def top(b_s, scale_log2, MASKED: tl.constexpr):
 
 @triton.jit
 def block_logits(
-    b_top, b_total, b_landmark, i_tile, o_query, BLOCK: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr
+    b_top, b_total, b_landmark, i_tile, o_query,
+    BLOCK: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(M, C): logit of each block in the row's softmax: its landmark's score, for the own block its logsumexp."""
-    if MASKED:
+    """(M, C): logit of each block in the row's softmax: its landmark's score, for the own block its logsumexp.
+
+    EXACT: its logsumexp for every block; it is -inf for what the query does not see.
+    """
+    if EXACT:
+        b_landmark = b_top + tl.log2(b_total)
+    elif MASKED:
         o_block = blocks(i_tile, BLOCK, N)[None, :]
         o_own = (o_query // BLOCK)[:, None]
         b_landmark = tl.where(o_block < o_own, b_landmark, -float("inf"))
         b_landmark = tl.where(o_block == o_own, b_top + tl.log2(b_total), b_landmark)
+    return b_landmark
+
+
+@triton.jit
+def landmark_rows(p_landmark, o_row, size, BLOCK: tl.constexpr):
+    """(M,): pointers to rows of landmark logits (batch, heads, query_length, complete blocks); None if not given."""
+    if p_landmark is not None:
+        p_landmark = p_landmark + o_row * (size.key_length // BLOCK)
+    return p_landmark
+
+
+@triton.jit
+def landmark_logits(
+    b_landmark, p_logit, i_tile, o_query, key_length, BLOCK: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """(M, C): the landmark logits of a tile, to base 2: those given at the pointers `p_logit` (M,), or `b_landmark`."""
+    if p_logit is not None:
+        o_block = blocks(i_tile, BLOCK, N)
+        m_logit = (o_query < key_length)[:, None] & (o_block < key_length // BLOCK)[None, :]
+        # (M, C)
+        b_landmark = tl.load(p_logit[:, None] + o_block[None, :], mask=m_logit, other=0.0) * LOG2_E
     return b_landmark
 
 

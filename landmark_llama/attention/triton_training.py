@@ -22,6 +22,8 @@ from landmark_llama.attention.triton_blocks import (
     block_parts,
     blocks,
     key_columns,
+    landmark_logits,
+    landmark_rows,
     load_keys,
     load_rows,
     nonzero,
@@ -36,8 +38,8 @@ from landmark_llama.attention.triton_tiles import padded
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_o, p_lse, size, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    p_q, p_k, p_v, p_o, p_lse, p_landmark, size, scale_log2,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Output and logsumexp of one query tile of one head."""
     i_query, i_batch, i_head, i_row = _query_tile(size, M)
@@ -45,6 +47,7 @@ def forward_kernel(
     o_row, o_query = _row_offsets(i_query, size, M)
     # (M, D)
     b_q = load_rows(at(p_q, i_batch, i_head), i_query, size.query_length, M, HEAD_DIM)
+    p_logit = landmark_rows(p_landmark, i_row + o_row, size, BLOCK)
 
     b_o = tl.zeros([M, padded(HEAD_DIM)], tl.float32)
     b_peak = tl.full([M], -float("inf"), tl.float32)
@@ -52,13 +55,13 @@ def forward_kernel(
     whole, stop = _visible_tiles(i_query, size, BLOCK, M, N)
     for i_tile in range(0, whole):
         b_o, b_peak, b_sum = _forward_tile(
-            b_o, b_peak, b_sum, b_q, p_k, p_v, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=False,
+            b_o, b_peak, b_sum, b_q, p_k, p_v, p_logit, i_tile, o_query, size.key_length, scale_log2,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=False,
         )  # fmt: skip
     for i_tile in range(whole, stop):
         b_o, b_peak, b_sum = _forward_tile(
-            b_o, b_peak, b_sum, b_q, p_k, p_v, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=True,
+            b_o, b_peak, b_sum, b_q, p_k, p_v, p_logit, i_tile, o_query, size.key_length, scale_log2,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=True,
         )  # fmt: skip
 
     b_o = b_o / b_sum[:, None]
@@ -68,10 +71,13 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_delta, size, scale_log2, scale,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_delta, p_landmark, p_dlandmark, size, scale_log2, scale,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one query tile of one head, and `delta`, dO . O of its rows, for `key_gradient_kernel`."""
+    """Gradient of one query tile of one head, and `delta`, dO . O of its rows, for `key_gradient_kernel`.
+
+    Where landmark logits are given, also theirs.
+    """
     i_query, i_batch, i_head, i_row = _query_tile(size, M)
     p_k, p_v = at(p_k, i_batch, i_head // size.heads_per_kv), at(p_v, i_batch, i_head // size.heads_per_kv)
     o_row, o_query = _row_offsets(i_query, size, M)
@@ -85,26 +91,28 @@ def query_gradient_kernel(
     b_q = load_rows(at(p_q, i_batch, i_head), i_query, size.query_length, M, HEAD_DIM)
     # (M,)
     b_lse = tl.load(p_lse + i_row + o_row, mask=o_row < size.query_length, other=float("inf"))
+    p_logit = landmark_rows(p_landmark, i_row + o_row, size, BLOCK)
+    p_dlogit = landmark_rows(p_dlandmark, i_row + o_row, size, BLOCK)
 
     b_dq = tl.zeros([M, padded(HEAD_DIM)], tl.float32)
     whole, stop = _visible_tiles(i_query, size, BLOCK, M, N)
     for i_tile in range(0, whole):
         b_dq = _query_gradient_tile(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=False,
+            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, p_logit, p_dlogit, i_tile, o_query, size.key_length, scale_log2,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=False,
         )  # fmt: skip
     for i_tile in range(whole, stop):
         b_dq = _query_gradient_tile(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, i_tile, o_query, size.key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=True,
+            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, p_logit, p_dlogit, i_tile, o_query, size.key_length, scale_log2,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=True,
         )  # fmt: skip
     store_rows(at(p_dq, i_batch, i_head), i_query, tl.arange(0, M), size.query_length, b_dq * scale, HEAD_DIM)
 
 
 @triton.jit
 def key_gradient_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, size, scale_log2, scale,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_landmark, size, scale_log2, scale,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one KV head, from all queries of the heads that share it."""
     PARTS: tl.constexpr = block_parts(BLOCK, N)
@@ -127,16 +135,16 @@ def key_gradient_kernel(
     for i_step in range(0, size.heads_per_kv * (whole - first)):
         i_head = i_kv_head * size.heads_per_kv + i_step // (whole - first)
         b_dk, b_dv = _key_gradient_tile(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_k, p_v,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_landmark, p_k, p_v,
             i_batch, i_head, (first + i_step % (whole - first)) * M, i_tile, i_part, size, scale_log2,
-            BLOCK, HEAD_DIM, M, N, MASKED=True,
+            BLOCK, HEAD_DIM, M, N, EXACT, MASKED=True,
         )  # fmt: skip
     for i_step in range(0, size.heads_per_kv * (end - whole)):
         i_head = i_kv_head * size.heads_per_kv + i_step // (end - whole)
         b_dk, b_dv = _key_gradient_tile(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_k, p_v,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_landmark, p_k, p_v,
             i_batch, i_head, (whole + i_step % (end - whole)) * M, i_tile, i_part, size, scale_log2,
-            BLOCK, HEAD_DIM, M, N, MASKED=False,
+            BLOCK, HEAD_DIM, M, N, EXACT, MASKED=False,
         )  # fmt: skip
 
     o_position, o_place = key_columns(i_part, BLOCK, N)
@@ -186,8 +194,8 @@ def _seeing_tiles(i_first, span, size, M: tl.constexpr):
 
 @triton.jit
 def _forward_tile(
-    b_o, b_peak, b_sum, b_q, p_k, p_v, i_tile, o_query, key_length, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    b_o, b_peak, b_sum, b_q, p_k, p_v, p_logit, i_tile, o_query, key_length, scale_log2,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the blocks of a key tile, or all tiles of one block, to the output (M, D) and its running softmax (M,)."""
     PARTS: tl.constexpr = block_parts(BLOCK, N)
@@ -203,7 +211,8 @@ def _forward_tile(
             b_q, b_q, p_k, p_v, i_tile, o_query, key_length, scale_log2,
             BLOCK, HEAD_DIM, N, MASKED=MASKED, GRADIENT=False,
         )  # fmt: skip
-    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, MASKED=MASKED)
+    b_landmark = landmark_logits(b_landmark, p_logit, i_tile, o_query, key_length, BLOCK, N, MASKED=MASKED)
+    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, EXACT, MASKED=MASKED)
     b_new = tl.maximum(b_peak, tl.max(b_logit, 1))
     b_shrink = tl.exp2(b_peak - b_new)
     b_weight = tl.exp2(b_logit - b_new[:, None])
@@ -226,8 +235,8 @@ def _forward_tile(
 
 @triton.jit
 def _query_gradient_tile(
-    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, i_tile, o_query, key_length, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, p_logit, p_dlogit, i_tile, o_query, key_length, scale_log2,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a key tile, or all tiles of one block, give to the gradient (M, D) of a query tile."""
     for i_part in range(block_parts(BLOCK, N)):
@@ -235,10 +244,15 @@ def _query_gradient_tile(
         b_k = load_keys(p_k, i_tile, i_part, key_length, BLOCK, HEAD_DIM, N, MASKED=MASKED)
         # (N, D)
         b_v = load_keys(p_v, i_tile, i_part, key_length, BLOCK, HEAD_DIM, N, MASKED=MASKED)
-        _, b_ds = _score_gradients(
-            b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, i_tile, i_part, o_query, key_length, scale_log2,
-            BLOCK, HEAD_DIM, N, MASKED=MASKED,
+        _, b_ds, b_dlogit = _score_gradients(
+            b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, p_logit, i_tile, i_part, o_query, key_length, scale_log2,
+            BLOCK, HEAD_DIM, N, EXACT, MASKED=MASKED,
         )  # fmt: skip
+        if p_dlogit is not None:
+            # the same for every part of a block
+            o_block = blocks(i_tile, BLOCK, N)
+            m_logit = (o_query < key_length)[:, None] & (o_block < key_length // BLOCK)[None, :]
+            tl.store(p_dlogit[:, None] + o_block[None, :], b_dlogit, mask=m_logit)
         # (M, D)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     return b_dq
@@ -246,9 +260,10 @@ def _query_gradient_tile(
 
 @triton.jit
 def _key_gradient_tile(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_k, p_v,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_landmark, p_k, p_v,
     i_batch, i_head, i_query, i_tile, i_part, size, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a query tile of one head gives to the gradients (D, N) of a tile of keys and values."""
     o_row, o_query = _row_offsets(i_query, size, M)
@@ -261,9 +276,10 @@ def _key_gradient_tile(
     b_lse = tl.load(p_lse + i_row + o_row, mask=o_row < size.query_length, other=float("inf"))
     # (M,)
     b_delta = tl.load(p_delta + i_row + o_row, mask=o_row < size.query_length, other=0.0)
-    b_p, b_ds = _score_gradients(
-        b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, i_tile, i_part, o_query, size.key_length, scale_log2,
-        BLOCK, HEAD_DIM, N, MASKED=MASKED,
+    p_logit = landmark_rows(p_landmark, i_row + o_row, size, BLOCK)
+    b_p, b_ds, _ = _score_gradients(
+        b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, p_logit, i_tile, i_part, o_query, size.key_length, scale_log2,
+        BLOCK, HEAD_DIM, N, EXACT, MASKED=MASKED,
     )  # fmt: skip
     # (D, N)
     b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
@@ -274,13 +290,14 @@ def _key_gradient_tile(
 
 @triton.jit
 def _score_gradients(
-    b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, i_tile, i_part, o_query, key_length, scale_log2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    b_q, b_do, b_k, b_v, b_lse, b_delta, p_k, p_v, p_logit, i_tile, i_part, o_query, key_length, scale_log2,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Weights and gradients of the scores, both (M, N), of a query tile against a key tile.
+    """Weights and gradients of the scores, both (M, N), of a query tile against a key tile; those of landmarks (M, C).
 
     With P the weights, dP their gradient, G the weight of a landmark, dG = sum(P dP) / G over its block and D the row's
-    `delta`: dS = P (dP - dG) in earlier blocks, P (dP - D) in the own one, G (dG - D) at landmarks.
+    `delta`: dS = P (dP - dG) in earlier blocks, P (dP - D) in the own one, G (dG - D) at landmarks. Where the logits of
+    landmarks are given, their keys have no part in the scores, and gradient 0. EXACT: all is as in the own block.
     """
     b_s, b_landmark = scores(b_q, b_k, i_tile, i_part, o_query, scale_log2, BLOCK, N, MASKED=MASKED)
     # (M, N) to (M, C, W)
@@ -296,16 +313,21 @@ def _score_gradients(
             BLOCK, HEAD_DIM, N, MASKED=MASKED, GRADIENT=True,
         )  # fmt: skip
         b_p = tl.exp2(b_s * scale_log2 - b_top[:, :, None])
-    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, MASKED=MASKED)
+    b_landmark = landmark_logits(b_landmark, p_logit, i_tile, o_query, key_length, BLOCK, N, MASKED=MASKED)
+    b_logit = block_logits(b_top, b_total, b_landmark, i_tile, o_query, BLOCK, N, EXACT, MASKED=MASKED)
     # a weight is at most 1; rounding could exceed that where scores are large
     b_weight = tl.exp2(tl.minimum(b_logit - b_lse[:, None], 0.0))
     b_norm = 1.0 / nonzero(b_total, MASKED=MASKED)
     b_mean = b_mean * b_norm
-    if MASKED:
+    if EXACT:
+        b_mean = b_mean * 0.0 + b_delta[:, None]
+    elif MASKED:
         b_mean = tl.where(blocks(i_tile, BLOCK, N)[None, :] == (o_query // BLOCK)[:, None], b_delta[:, None], b_mean)
     b_p = b_p * (b_weight * b_norm)[:, :, None]
     # 0 at the landmark of the own block, where dG is D, and of later blocks, which have no weight
-    b_at_landmark = (b_weight * (b_mean - b_delta[:, None]))[:, :, None]
-    m_landmark = (places(i_part, BLOCK, N) == BLOCK - 1)[None, None, :]
-    b_ds = tl.where(m_landmark, b_at_landmark, b_p * (b_dp - b_mean[:, :, None]))
-    return tl.reshape(b_p, [b_p.shape[0], N]), tl.reshape(b_ds, [b_p.shape[0], N])
+    b_at_landmark = b_weight * (b_mean - b_delta[:, None])
+    b_ds = b_p * (b_dp - b_mean[:, :, None])  # 0 at landmarks
+    if p_logit is None:
+        m_landmark = (places(i_part, BLOCK, N) == BLOCK - 1)[None, None, :]
+        b_ds = tl.where(m_landmark, b_at_landmark[:, :, None], b_ds)
+    return tl.reshape(b_p, [b_p.shape[0], N]), tl.reshape(b_ds, [b_p.shape[0], N]), b_at_landmark

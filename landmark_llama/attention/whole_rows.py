@@ -119,8 +119,8 @@ def landmark_attention(
         num_sink_blocks: of the retrieved blocks, so many are the first ones, whatever their landmarks score.
         exact_weights: earlier blocks weigh what their tokens weigh in ordinary attention; landmarks only choose them.
         landmark_query: (batch, heads, query_length, head_dim): what scores landmarks in place of `query`.
-        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. On a GPU,
-            too, these two are computed by PyTorch.
+        landmark_bias: (batch, kv_heads, blocks): added to the scores of the landmarks of the complete blocks. With one
+            of these two, the kernels take memory for one fp32 number for each query, head and block.
         kernels: on a GPU, use the Triton kernels where they can run. False: PyTorch.
 
     Returns:
@@ -138,14 +138,13 @@ def landmark_attention(
             raise ValueError(f"{name}={number}: must not be negative")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     landmarks = landmark_query, landmark_bias
-    if exact_weights:
-        which = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks, num_sink_blocks)
-        return exact_attention(query, key, value, block_size, scale, which, *landmarks)
-    if kernels and _on_gpu(query) and num_retrieved_blocks is None and kernels_take_rows(query, *landmarks):
+    if kernels and _on_gpu(query) and num_retrieved_blocks is None and kernels_take_rows(query):
         from landmark_llama.attention.fused import fused_landmark_attention
 
-        return fused_landmark_attention(query, key, value, block_size, scale)
+        return fused_landmark_attention(query, key, value, block_size, scale, *landmarks, exact_weights)
     retrieval = None if num_retrieved_blocks is None else (num_retrieved_blocks, num_direct_blocks, num_sink_blocks)
+    if exact_weights:
+        return exact_attention(query, key, value, block_size, scale, retrieval, *landmarks)
     return blockwise_landmark_attention(query, key, value, block_size, scale, retrieval, *landmarks)
 
 

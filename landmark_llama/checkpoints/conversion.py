@@ -1,21 +1,24 @@
-"""Makes a landmark LLaMA from a vanilla LLaMA, and loads checkpoints with checks that transformers leaves out."""
+"""Makes a landmark model of a dense one, and loads checkpoints with checks that transformers leaves out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from landmark_llama.calibration import add_calibration
 from landmark_llama.configuration import (
     BlockWeight,
+    Family,
+    LandmarkConfig,
     LandmarkKey,
-    LandmarkLlamaConfig,
     LocalAttention,
     RetrievalGranularity,
 )
@@ -24,33 +27,37 @@ from landmark_llama.tokenization import add_landmark_token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Model = TypeVar("Model", bound=LlamaForCausalLM)
+# Arguments of `from_pretrained` that say where to find the configuration.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def convert_llama(
+def convert_dense(
     model_class: type[Model],
-    source: str | PathLike[str] | LlamaForCausalLM,
+    source: str | PathLike[str] | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
     from_pretrained: dict[str, Any],
 ) -> Model:
-    """Implements `LandmarkLlamaForCausalLM.from_llama`; see there. `settings`: fields of `LandmarkLlamaConfig`."""
+    """Implements `FromDenseMixin.from_dense`; see there. `settings`: fields of `LandmarkConfig`."""
+    family = model_class.config_class.family
     if "gguf_file" in from_pretrained:
-        source, from_pretrained = _load_gguf(source, from_pretrained), {}
-    if isinstance(source, LlamaForCausalLM):
-        base, path = _checked_llama(source.config, type(source).__name__), None
+        source, from_pretrained = load_gguf(source, family, **from_pretrained), {}
+    if isinstance(source, PreTrainedModel):
+        base, path = _checked(source.config, family, type(source).__name__), None
         from_pretrained = {"dtype": source.dtype, **from_pretrained, "state_dict": source.state_dict()}
     else:
-        base, path = _llama_config(source, from_pretrained), source
+        base, path = _checked(read_config(source, from_pretrained), family, source), source
     fields = base.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
     rank = settings.get("landmark_query_rank", 0)
     # placeholders: the landmark's row and the calibration are added below, once the model is loaded
-    config = LandmarkLlamaConfig(**fields, **{**settings, "landmark_query_rank": 0}, landmark_token_id=0)
+    config = model_class.config_class(**fields, **{**settings, "landmark_query_rank": 0}, landmark_token_id=0)
     landmark_token_id = add_landmark_token(tokenizer)
     model = model_class.from_pretrained(path, config=config, **from_pretrained)
-    if isinstance(source, LlamaForCausalLM):
+    if isinstance(source, PreTrainedModel):
         model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     _add_landmark_row(model, landmark_token_id)
     model.config.landmark_token_id = landmark_token_id
@@ -58,14 +65,43 @@ def convert_llama(
     return model
 
 
-def _load_gguf(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> LlamaForCausalLM:
-    """The LLaMA in a GGUF file, its weights no longer quantised."""
-    config = AutoConfig.from_pretrained(path, gguf_file=from_pretrained["gguf_file"], **_hub_arguments(from_pretrained))
-    _checked_llama(config, f"{path}, {from_pretrained['gguf_file']}")
-    model = checked_load(LlamaForCausalLM.from_pretrained, path, config=config, **from_pretrained)
+def read_config(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> PretrainedConfig:
+    """The configuration in a folder, a hub id or, with `gguf_file` in `from_pretrained`, a GGUF file.
+
+    Raises:
+        OSError: `path` is a folder without a configuration.
+    """
+    where = {name: from_pretrained[name] for name in (*HUB_ARGUMENTS, "gguf_file") if name in from_pretrained}
+    folder = Path(path) / from_pretrained.get("subfolder", "")
+    if "gguf_file" not in where and folder.is_dir() and not (folder / "config.json").is_file():
+        raise OSError(f"{folder}: the folder holds no config.json, so it is not a checkpoint")
+    return AutoConfig.from_pretrained(path, **where)
+
+
+def _checked(config: PretrainedConfig, family: Family, name: str | PathLike[str]) -> PretrainedConfig:
+    if config.model_type != family.dense_type:
+        raise ValueError(
+            f"{name}: model_type is {config.model_type!r}, {family.from_dense} takes a {family.dense_type!r} checkpoint"
+            "; landmark_llama.from_dense takes any family's (docs/families.md)"
+        )
+    return config
+
+
+def load_gguf(path: str | PathLike[str], family: Family, gguf_file: str, **from_pretrained: Any) -> PreTrainedModel:
+    """The dense model in a GGUF file of a folder or hub id, its weights not quantised: it can be trained and saved.
+
+    family: of which model it must be, `LandmarkLlamaConfig.family` for a LLaMA.
+
+    Raises:
+        ValueError: the file holds a model of another kind.
+    """
+    settings = {**from_pretrained, "gguf_file": gguf_file}
+    config = _checked(read_config(path, settings), family, f"{path}, {gguf_file}")
+    model = checked_load(AutoModelForCausalLM.from_pretrained, path, config=config, **settings)
     if hasattr(model.config, "quantization_config"):  # of the file
         del model.config.quantization_config
-    return model
+    # the object that was loaded still counts as quantised
+    return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype)
 
 
 def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +109,7 @@ def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any)
 
     Raises:
         OSError: the checkpoint is damaged or lacks weights. (transformers fills in random ones.)
-        ValueError: `path` is an adapter or a vanilla LLaMA.
+        ValueError: `path` is an adapter.
     """
     wants_info = kwargs.pop("output_loading_info", False)
     if path is not None and (Path(path) / "adapter_config.json").is_file() and not any(Path(path).glob("model*")):
@@ -81,13 +117,6 @@ def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any)
             f"{path}: an adapter, not a whole model; load it with landmark_llama.load_adapter(path), or merge it into "
             "a whole model with python -m landmark_llama.merge"
         )
-    if "config" not in kwargs:
-        fields, _ = LandmarkLlamaConfig.get_config_dict(path, **_hub_arguments(kwargs))
-        if fields.get("model_type") == "llama":
-            raise ValueError(
-                f"{path}: a LLaMA checkpoint, which has no landmark token; convert it with "
-                "LandmarkLlamaForCausalLM.from_llama(path, tokenizer)"
-            )
     try:
         model, info = load(path, *args, output_loading_info=True, **kwargs)
     except SafetensorError as error:
@@ -100,27 +129,8 @@ def checked_load(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any)
     return (model, info) if wants_info else model
 
 
-def _llama_config(path: str | PathLike[str], from_pretrained: dict[str, Any]) -> LlamaConfig:
-    folder = Path(path) / from_pretrained.get("subfolder", "")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise OSError(f"{folder}: the folder holds no config.json, so it is not a checkpoint")
-    return _checked_llama(AutoConfig.from_pretrained(path, **_hub_arguments(from_pretrained)), path)
-
-
-def _checked_llama(config: PretrainedConfig, name: str | PathLike[str]) -> LlamaConfig:
-    if config.model_type != "llama":
-        raise ValueError(f"{name}: model_type is {config.model_type!r}, from_llama takes a 'llama' checkpoint")
-    return config
-
-
-def _hub_arguments(from_pretrained: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where to find the configuration."""
-    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
-    return {name: from_pretrained[name] for name in names if name in from_pretrained}
-
-
 @torch.no_grad()
-def _add_landmark_row(model: LlamaForCausalLM, token_id: int) -> None:
+def _add_landmark_row(model: PreTrainedModel, token_id: int) -> None:
     """Gives the landmark an embedding row and an output row; each is the mean of the other rows."""
     vocab_size = model.config.vocab_size
     if token_id >= vocab_size:
@@ -139,13 +149,13 @@ def mean_of_other_rows(weight: torch.Tensor, token_id: int) -> torch.Tensor:
     return others.float().mean(0).to(weight.dtype)
 
 
-class FromLlamaMixin:
-    """How a landmark LLaMA is made of a vanilla checkpoint, and loaded from its own."""
+class FromDenseMixin:
+    """How a landmark model is made of a dense checkpoint of its family, and loaded from its own."""
 
     @classmethod
-    def from_llama(
+    def from_dense(
         cls,
-        source: str | PathLike[str] | LlamaForCausalLM,
+        source: str | PathLike[str] | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int = 64,
         *,
@@ -162,23 +172,23 @@ class FromLlamaMixin:
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> Any:
-        """Makes a landmark LLaMA of a vanilla LLaMA checkpoint; fine-tune it before expecting it to find anything.
+        """Makes a landmark model of a dense checkpoint of its family; fine-tune it before it can find anything.
 
         The landmark token is added to `tokenizer` in place, its embedding row (and output row) is the mean of the
         others, every other weight stays bitwise as it was.
 
         Args:
-            source: folder or hub id of a LLaMA checkpoint, or a loaded `LlamaForCausalLM` (left alone).
+            source: folder or hub id of a dense checkpoint, or a loaded dense model (left alone).
             tokenizer: the checkpoint's tokenizer; save it beside the model.
-            block_size, ...: fields of `LandmarkLlamaConfig`.
-            from_pretrained: for `LlamaForCausalLM.from_pretrained`: `dtype`, `device_map`, `revision`, ...
+            block_size, ...: fields of `LandmarkConfig`.
+            from_pretrained: for the dense class's `from_pretrained`: `dtype`, `device_map`, `revision`, ...
                 With `gguf_file`, the name of a GGUF file in `source` (packages `gguf` and `accelerate`).
 
         Raises:
-            ValueError: if the checkpoint is not a LLaMA, or its window cannot hold the settings.
+            ValueError: if the checkpoint is of another family, or its window cannot hold the settings.
             OSError: if the checkpoint is missing, truncated or incomplete.
         """
-        return convert_llama(
+        return convert_dense(
             cls,
             source,
             tokenizer,
@@ -202,4 +212,31 @@ class FromLlamaMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a landmark checkpoint, as transformers does; a damaged or incomplete one raises an `OSError`."""
-        return checked_load(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        load = super().from_pretrained
+        if "config" not in kwargs and pretrained_model_name_or_path is not None:
+            load = partial(_load_own, cls.config_class, load)
+        return checked_load(load, pretrained_model_name_or_path, *args, **kwargs)
+
+
+def _load_own(
+    config_class: type[LandmarkConfig], load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Calls `load`, and refuses a checkpoint that is dense, or of another family."""
+    names = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    model_type, family = config_class.get_config_dict(path, **names)[0].get("model_type"), config_class.family
+    if model_type == family.dense_type:
+        raise ValueError(
+            f"{path}: a {family.name} checkpoint, which has no landmark token; convert it with {family.conversion}"
+        )
+    known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else object
+    if model_type != config_class.model_type and issubclass(known, LandmarkConfig):
+        raise ValueError(
+            f"{path}: model_type is {model_type!r}, not {config_class.model_type!r}; load it with AutoModelForCausalLM"
+        )
+    return load(path, *args, **kwargs)
+
+
+class FromLlamaMixin(FromDenseMixin):
+    """`from_dense` by its older name."""
+
+    from_llama = FromDenseMixin.__dict__["from_dense"]

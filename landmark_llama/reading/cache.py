@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
+from landmark_llama.reading.saved import SavedMixin
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
 
 
@@ -52,7 +53,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
         return -1
 
 
-class LandmarkCache(Cache):
+class LandmarkCache(SavedMixin, Cache):
     """Keys, values and landmarks of everything a batch has read, by row, layer and block.
 
     Rows are independent: each one's tokens are numbered from its first real one, and what `attention_mask` hides is
@@ -64,7 +65,7 @@ class LandmarkCache(Cache):
             more room `HostStorage()` or `FileStorage(folder)` (`docs/memory_tiers.md`).
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
-            Elsewhere it changes nothing, nor where `config.landmarks_as_in_the_paper` is False, which no kernel reads.
+            Elsewhere it changes nothing.
 
     Example:
 
@@ -72,24 +73,34 @@ class LandmarkCache(Cache):
         model(first_ids, past_key_values=cache)                              # reads, in calls of any length
         model.generate(all_ids, past_key_values=cache, max_new_tokens=20)    # goes on where the cache ends
         cache.crop(-20)                                                      # forgets the last 20 columns
+        cache.save("novel")                                                  # LandmarkCache.load("novel", model)
     """
 
     def __init__(
         self,
-        config: LandmarkLlamaConfig,
+        config: LandmarkConfig,
         storage: Callable[[int], BlockStorage] = DeviceStorage,
         *,
         cuda_graphs: bool = False,
     ) -> None:
-        if not isinstance(config, LandmarkLlamaConfig):
-            raise ValueError(f"config: a LandmarkCache is made from a LandmarkLlamaConfig, got {type(config).__name__}")
+        if not isinstance(config, LandmarkConfig):
+            raise ValueError(
+                "config: a LandmarkCache is made from a landmark model's, such as a LandmarkLlamaConfig, got "
+                f"{type(config).__name__}"
+            )
         self.block_size = config.block_size
         self._make_storage = storage
-        self.graphs = DecodingGraphs() if cuda_graphs and config.landmarks_as_in_the_paper else None
+        self.graphs = DecodingGraphs() if cuda_graphs else None
         self._first_ties = config.landmark_key == "token"  # layer 0's landmark keys depend on their positions alone
         super().__init__(layers=self._new_layers(config.num_hidden_layers))
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
+        self._saved: Tensor | int = 0  # (batch,): of them, those of a saved memory, which stand before all columns
+
+    @property
+    def ordinary_counts(self) -> Tensor | None:
+        """Ordinary tokens each row has seen, (batch,), on the CPU; None before the first call."""
+        return self._ordinary
 
     @property
     def storages(self) -> list[BlockStorage]:
@@ -105,6 +116,11 @@ class LandmarkCache(Cache):
                 f"the cache holds {len(self._real)} rows, input_ids has {batch}: use one cache for one batch"
             )
         return self._ordinary
+
+    def begin_after(self, ordinary: Tensor) -> None:
+        """Begins at column 0 behind `ordinary` (batch,) tokens, which the storages hold already."""
+        self._real = torch.zeros(len(ordinary), 0, dtype=torch.bool)
+        self._saved = self._ordinary = ordinary
 
     def expect(self, positions: int) -> None:
         """Announces that the longest row will soon hold `positions` landmarked positions."""
@@ -135,13 +151,14 @@ class LandmarkCache(Cache):
         if self._real is not None:
             # what is stored beyond a row's length is never read, and overwritten by what comes next
             self._real = self._real[:, :keep]
-            self._ordinary = self._real.sum(1)
+            self._ordinary = self._real.sum(1) + self._saved
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         if self._real is not None:
             self._real, self._ordinary = self._real[beam_idx.cpu()], self._ordinary[beam_idx.cpu()]
+            self._saved = self._saved if isinstance(self._saved, int) else self._saved[beam_idx.cpu()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps rows `indices`, in that order."""
@@ -156,7 +173,7 @@ class LandmarkCache(Cache):
         """Forgets everything."""
         number, self.layers = len(self.layers), []  # dropped first: new ones may need their room
         self.layers = self._new_layers(number)
-        self._real = self._ordinary = None
+        self._real, self._ordinary, self._saved = None, None, 0
 
     def _new_layers(self, number: int) -> list[LandmarkCacheLayer]:
         storages = [self._make_storage(self.block_size) for _ in range(number)]

@@ -79,6 +79,18 @@ def rotate_to_distances(query: Tensor, position: Tensor, k: int, block_size: int
     return rotary.rotate(rotary.rotate(query, position[:, None, None]).unsqueeze(-2), distance * block_size)
 
 
+def landmarks_at_their_distances(
+    landmarks: Tensor, candidates: Tensor, k: int, block_size: int, rotary: RotaryTable
+) -> Tensor:
+    """Landmarks (batch, kv_heads, groups, k, head_dim) of the last k candidates, the farthest first, rotated so that a
+    query at distance k + 1 scores each at its own: k rotations of a key instead of k of every query.
+    """
+    recent = (candidates.unsqueeze(-1) + torch.arange(-k, 0, device=candidates.device)).clamp_min(0)
+    key = landmarks[torch.arange(len(landmarks), device=recent.device)[:, None, None], :, recent]
+    slot = torch.arange(1, k + 1, device=recent.device)
+    return rotary.rotate(key.permute(0, 3, 1, 2, 4), slot * block_size)
+
+
 @torch.no_grad()
 def choose_blocks(
     rotated: Tensor,
@@ -91,6 +103,7 @@ def choose_blocks(
     biases: Tensor | None = None,
     repeated: RepeatedLandmarks | None = None,
     num_sink_blocks: int = 0,
+    recent_landmarks: Tensor | None = None,
 ) -> Choice:
     """Chooses k blocks for each query by the scores of their landmarks; ties go to the later block.
 
@@ -107,13 +120,16 @@ def choose_blocks(
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
         repeated: knows which of the landmarks are equal; where many are, each is scored once.
         num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
+        recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
-    k, queries = rotated.shape[-2] - 1, rotated.shape[4]
+    k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
+    queries = rotated.shape[4]
     if granularity == "head" and queries == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
     fewest, highest = int(candidates.min()) - k, None
-    if granularity != "token" and not landmarks_tie and not num_sink_blocks and rotated.device.type == "cpu":
+    alike = not landmarks_tie and not num_sink_blocks and recent_landmarks is None  # candidates, all compared alike
+    if granularity != "token" and alike and rotated.device.type == "cpu":
         shared = {"k": k, "exponentials": granularity == "head"}
         groups = repeated.groups(landmarks[:, :, : max(fewest, 0)], k) if repeated and biases is None else None
         if groups is not None:
@@ -125,7 +141,7 @@ def choose_blocks(
             highest = functools.partial(highest_of_many, key=key, tiles=in_tiles(key[:, :fewest]), bias=bias, **shared)
     landmarks, parts = landmarks.to(rotated.dtype), []
     if highest is None:
-        block = _choose_by_parts(rotated, landmarks, biases, candidates, valid, settings)
+        block = _choose_by_parts(rotated, landmarks, biases, candidates, valid, settings, recent_landmarks)
     else:
         at_once = max(1, TILE_QUERIES // queries)
         for first in range(0, candidates.shape[1], at_once):
@@ -163,9 +179,11 @@ def _choose_by_parts(
     candidates: Tensor,
     valid: Tensor,
     settings: dict[str, Any],
+    recent_landmarks: Tensor | None = None,
 ) -> Tensor:
     """The blocks of `Choice`, as many groups at once as `SCORES_AT_ONCE` lets."""
-    k, ends = rotated.shape[-2] - 1, candidates.amax(0).clamp_min(1).tolist()
+    k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
+    ends = candidates.amax(0).clamp_min(1).tolist()
     scores_per_landmark = rotated[:, :, :, 0, :, 0, 0].numel()
     parts = []
     first = 0
@@ -174,30 +192,34 @@ def _choose_by_parts(
         part = slice(first, first + max(1, SCORES_AT_ONCE // (scores_per_landmark * columns)))
         last = max(ends[part])  # later ones are nobody's candidates
         shown = landmarks[:, :, :last], None if biases is None else biases[:, :, :last]
-        parts.append(_choose(rotated[:, :, :, part], *shown, candidates[:, part], valid[:, part], **settings))
+        recent = None if recent_landmarks is None else recent_landmarks[:, :, part].to(rotated.dtype)
+        whose = candidates[:, part], valid[:, part]
+        parts.append(_choose(rotated[:, :, :, part], recent, *shown, *whose, k=k, **settings))
         first = part.stop
     return torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
 
 
 def _choose(
     rotated: Tensor,
+    recent_landmarks: Tensor | None,
     landmarks: Tensor,
     biases: Tensor | None,
     candidates: Tensor,
     valid: Tensor,
+    k: int,
     granularity: str,
     landmarks_tie: bool,
     num_sink_blocks: int,
 ) -> Tensor:
     """The blocks of `Choice` for some groups."""
-    k, n, sinks = rotated.shape[-2] - 1, candidates[:, None, None, :, None, None], num_sink_blocks
+    n, sinks = candidates[:, None, None, :, None, None], num_sink_blocks
     number = k - sinks
 
     def score() -> tuple[Tensor, Tensor | int]:
         if landmarks_tie:
             scores, block_of_first = _tied_scores(rotated, landmarks, candidates)
         else:
-            scores, block_of_first = _scores(rotated, landmarks, biases, candidates)
+            scores, block_of_first = _scores(rotated, recent_landmarks, landmarks, biases, candidates, k)
         if sinks:  # they have no part in the comparison
             block = torch.arange(scores.shape[-1], device=scores.device) + block_of_first
             scores.masked_fill_(block < sinks, -torch.inf)
@@ -250,7 +272,7 @@ def _choose_of_many(
     far = Highest(*(x if isinstance(x, int | None) else x.view(*rotated.shape[:5], -1) for x in far))
     near = slice(many, int(candidates.max()))
     rest, block_of_first = _scores(
-        rotated, landmarks[:, :, near], None if biases is None else biases[:, :, near], candidates - many
+        rotated, None, landmarks[:, :, near], None if biases is None else biases[:, :, near], candidates - many, k
     )
     value, column = top_latest(rest, k)
     total = rest.exp_().sum(-1, keepdim=True) if shared else None
@@ -297,12 +319,18 @@ def _of_all(shares: Tensor, valid: Tensor, granularity: str, nothing: float) -> 
     return shares.amax((4,) if granularity == "head" else (1, 2), keepdim=True)
 
 
-def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidates: Tensor) -> tuple[Tensor, int]:
+def _scores(
+    rotated: Tensor,
+    recent_landmarks: Tensor | None,
+    landmarks: Tensor,
+    biases: Tensor | None,
+    candidates: Tensor,
+    k: int,
+) -> tuple[Tensor, int]:
     """Scores (..., queries, columns) and the block of column 0; -inf where there is no candidate.
 
     Older candidates are all scored at distance k + 1, the last k each at its own.
     """
-    k = rotated.shape[-2] - 1
     fewest = int(candidates.min())
     # left-pad, so that every group has k recent columns
     missing = max(0, k + 1 - fewest)
@@ -319,8 +347,11 @@ def _scores(rotated: Tensor, landmarks: Tensor, biases: Tensor | None, candidate
     scores[..., edge:].masked_fill_(column >= candidates[:, None, None, :, None, None] + missing, -torch.inf)
     recent = candidates.unsqueeze(-1) + torch.arange(missing - k, missing, device=rotated.device)  # (batch, groups, k)
     row = torch.arange(len(landmarks), device=rotated.device)[:, None, None]
-    key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
-    value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
+    if recent_landmarks is None:
+        key = landmarks[row, :, recent].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, groups, k, head_dim)
+        value = torch.linalg.vecdot(rotated[..., 1:, :], key[:, :, None, :, None])
+    else:
+        value = farthest @ recent_landmarks.unsqueeze(2).transpose(-1, -2)
     if biases is not None:
         value += biases[row, :, recent].permute(0, 3, 1, 2)[:, :, None, :, None]
     recent = recent[:, None, None, :, None]

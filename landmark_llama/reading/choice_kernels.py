@@ -13,18 +13,19 @@ import triton
 import triton.language as tl
 
 from landmark_llama.attention.triton_tiles import padded
-from landmark_llama.reading.triton_rows import load_halves, load_queries, rotate, tile_of_program
+from landmark_llama.reading.triton_rows import LOG2_E, load_halves, load_queries, rotate, tile_of_program
 
 NONE = tl.constexpr(-(2**63))  # the rank of what is no candidate: below every kept one
 FULL = tl.constexpr(2**63 - 1)  # fills a list of k up to a power of two; no candidate replaces it
+HIGHEST = tl.constexpr((2**31 - 1) << 32)  # the rank of block 0 with a score above all
 LAST = tl.constexpr(2**31 - 1)  # above the number of every block
 
 
 @triton.jit
 def score_recent_kernel(
-    p_query, p_landmark, p_groups, p_rotary, p_far, p_recent, size, scale,
+    p_query, p_landmark, p_bias, p_groups, p_rotary, p_far, p_recent, size, scale,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    K: tl.constexpr, TIE: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr, SINKS: tl.constexpr, TIE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Queries rotated to distance k + 1, and the scores of the last k candidates (entry `i`: block n - 1 - i).
 
@@ -53,21 +54,22 @@ def score_recent_kernel(
 
     o_recent = tl.arange(0, triton.next_power_of_2(K))[None, :]
     b_recent = tl.full([M, triton.next_power_of_2(K)], -float("inf"), tl.float32)
-    p_landmarks = _landmarks(p_landmark, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
+    p_landmarks = _landmarks(p_landmark, p_bias, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
     for distance in range(1, tl.minimum(n, K) + 1):
         b_first, b_second = rotate(b_query, p_rotary, (b_own + distance) * BLOCK, HEAD_DIM)
         # rounded as the older candidates' queries are, so that the scores of both compare
         # (M,)
         b_score = _score_one((b_first.to(dtype), b_second.to(dtype)), p_landmarks, 0 if TIE else n - distance, HEAD_DIM)
-        b_recent = tl.where(o_recent == distance - 1, b_score[:, None], b_recent)
+        m_recent = (o_recent == distance - 1) & (n - distance >= SINKS)
+        b_recent = tl.where(m_recent, b_score[:, None], b_recent)
     tl.store(p_recent + o_out[:, None] * triton.next_power_of_2(K) + o_recent, b_recent, mask=m_row[:, None])
 
 
 @triton.jit
 def choose_kernel(
-    p_far, p_recent, p_landmark, p_groups, p_choice, p_kept, size, splits,
+    p_far, p_recent, p_landmark, p_bias, p_groups, p_choice, p_kept, size, splits,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, K: tl.constexpr,
-    TIE: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SINKS: tl.constexpr, TIE: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The best k blocks of each query; the query heads that share a KV head stand one after the other in the rows.
 
@@ -83,28 +85,28 @@ def choose_kernel(
     o_out = (i_head * size.groups + i_group) * size.queries + o_row % size.queries
     n = _candidates(p_groups, i_batch, i_group, size)
     older = tl.maximum(n - K, 0)
-    p_landmarks = _landmarks(p_landmark, i_sequence, size, HEAD_DIM)
+    p_landmarks = _landmarks(p_landmark, p_bias, i_sequence, size, HEAD_DIM)
 
-    b_list = _empty_list(M, K)
+    b_list = _empty_list(n if i_split == 0 else 0, M, K, SINKS)
     if i_split == 0:
         # (M, K_PAD)
         b_score = tl.load(_recent(p_recent, o_out, K), mask=m_row[:, None], other=0.0)
-        b_list = _keep(b_list, _last_ranks(b_score, n, m_row[:, None], K))
+        b_list = _keep(b_list, _last_ranks(b_score, n, m_row[:, None], K, SINKS))
     if older > 0:
         # 2 (M, H)
         b_far = load_halves(p_far + o_out * HEAD_DIM, m_row, HEAD_DIM)
         if TIE:
             # (M,)
             b_score = _score_one(b_far, p_landmarks, 0, HEAD_DIM)
-            b_list = _keep(b_list, _last_ranks(b_score[:, None], older, m_row[:, None], K))
+            b_list = _keep(b_list, _last_ranks(b_score[:, None], older, m_row[:, None], K, SINKS))
         else:
             part = tl.cdiv(tl.cdiv(older, N), splits) * N
             stop = tl.minimum(older, (i_split + 1) * part)
             for i_start in range(i_split * part, stop, N):
                 # (M, N)
-                b_score, o_block = _score_older(b_far, p_landmarks, i_start, stop, HEAD_DIM, N)
+                b_score, o_block = _score_older(b_far, p_landmarks, i_start, stop, HEAD_DIM, N, SINKS)
                 # mask padding rows: their scores are all equal, so each round would replace an entry
-                m_older = m_row[:, None] & (o_block < stop)[None, :]
+                m_older = m_row[:, None] & ((o_block >= SINKS) & (o_block < stop))[None, :]
                 b_list = _keep(b_list, tl.where(m_older, _rank(b_score, o_block[None, :]), NONE))
     if SPLIT:
         o_list = tl.arange(0, K_PAD)
@@ -121,7 +123,7 @@ def merge_kernel(p_kept, p_choice, rows, splits, K: tl.constexpr, M: tl.constexp
     K_PAD: tl.constexpr = triton.next_power_of_2(K)
     o_row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     m_row = o_row < rows
-    b_list = _empty_list(M, K)
+    b_list = _empty_list(0, M, K, 0)
     for i_split in range(splits):
         p_list = p_kept + (o_row[:, None] * splits + i_split) * K_PAD + tl.arange(0, K_PAD)[None, :]
         # (M, K_PAD)
@@ -131,9 +133,9 @@ def merge_kernel(p_kept, p_choice, rows, splits, K: tl.constexpr, M: tl.constexp
 
 @triton.jit
 def normalise_kernel(
-    p_far, p_recent, p_landmark, p_groups, p_norm, size,
+    p_far, p_recent, p_landmark, p_bias, p_groups, p_norm, size,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, K: tl.constexpr,
-    TIE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SINKS: tl.constexpr, TIE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """p_norm (batch, heads, groups, queries): logsumexp over the candidates; inf for padding, so that it has no say."""
     i_batch, i_sequence, i_group, i_tile = tile_of_program(size, HEADS)
@@ -145,26 +147,26 @@ def normalise_kernel(
     _, p_valid, _, _ = p_groups
     # (M,)
     m_valid = tl.load(p_valid + (i_batch * size.groups + i_group) * size.queries + o_query, mask=m_row, other=0) != 0
-    m_valid = m_valid & (n > 0)
+    m_valid = m_valid & (n > SINKS)
 
     # (M, K_PAD)
     b_score = tl.load(_recent(p_recent, o_out, K), mask=m_valid[:, None], other=0.0)
     b_peak = tl.max(b_score, 1)
     b_total = tl.sum(tl.exp2(b_score - b_peak[:, None]), 1)
     if older > 0:
-        p_landmarks = _landmarks(p_landmark, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
+        p_landmarks = _landmarks(p_landmark, p_bias, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
         # 2 (M, H)
         b_far = load_halves(p_far + o_out * HEAD_DIM, m_row, HEAD_DIM)
         if TIE:
             # (M,)
             b_tied = _score_one(b_far, p_landmarks, 0, HEAD_DIM)
             b_new = tl.maximum(b_peak, b_tied)
-            b_total = b_total * tl.exp2(b_peak - b_new) + older * tl.exp2(b_tied - b_new)
+            b_total = b_total * tl.exp2(b_peak - b_new) + tl.maximum(older - SINKS, 0) * tl.exp2(b_tied - b_new)
             b_peak = b_new
         else:
             for i_start in range(0, older, N):
                 # (M, N)
-                b_older, o_block = _score_older(b_far, p_landmarks, i_start, older, HEAD_DIM, N)
+                b_older, o_block = _score_older(b_far, p_landmarks, i_start, older, HEAD_DIM, N, SINKS)
                 b_new = tl.maximum(b_peak, tl.max(b_older, 1))
                 b_total = b_total * tl.exp2(b_peak - b_new) + tl.sum(tl.exp2(b_older - b_new[:, None]), 1)
                 b_peak = b_new
@@ -173,16 +175,16 @@ def normalise_kernel(
 
 @triton.jit
 def choose_shared_kernel(
-    p_far, p_recent, p_landmark, p_groups, p_norm, p_choice, size,
+    p_far, p_recent, p_landmark, p_bias, p_groups, p_norm, p_choice, size,
     HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, K: tl.constexpr,
-    TIE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SINKS: tl.constexpr, TIE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """p_choice (batch, heads, groups, 1, k): the best k blocks by max over the group's queries (score - norm)."""
     i_group = tl.program_id(0)
     i_sequence = tl.program_id(1).to(tl.int64)
     n = _candidates(p_groups, i_sequence // HEADS, i_group, size)
     older = tl.maximum(n - K, 0)
-    p_landmarks = _landmarks(p_landmark, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
+    p_landmarks = _landmarks(p_landmark, p_bias, i_sequence // HEADS_PER_KV, size, HEAD_DIM)
     o_first = (i_sequence * size.groups + i_group) * size.queries
 
     b_worth = tl.full([triton.next_power_of_2(K)], -float("inf"), tl.float32)
@@ -199,11 +201,11 @@ def choose_shared_kernel(
             b_score = _score_one(b_far, p_landmarks, 0, HEAD_DIM)
             b_tied = tl.maximum(b_tied, tl.max(b_score - b_norm, 0))
     b_worth = b_worth[None, :]
-    b_list = _keep(_empty_list(1, K), _last_ranks(b_worth, n, b_worth > -float("inf"), K))
+    b_list = _keep(_empty_list(n, 1, K, SINKS), _last_ranks(b_worth, n, b_worth > -float("inf"), K, SINKS))
 
     if TIE:
         b_tied = b_tied[None, :]
-        b_list = _keep(b_list, _last_ranks(b_tied, older, b_tied > -float("inf"), K))
+        b_list = _keep(b_list, _last_ranks(b_tied, older, b_tied > -float("inf"), K, SINKS))
     else:
         for i_start in range(0, older, N):
             b_best = tl.full([N], -float("inf"), tl.float32)
@@ -212,7 +214,7 @@ def choose_shared_kernel(
                 # 2 (M, H)
                 b_far = load_halves(p_far + o_row * HEAD_DIM, m_row, HEAD_DIM)
                 # (M, N)
-                b_older, _ = _score_older(b_far, p_landmarks, i_start, older, HEAD_DIM, N)
+                b_older, _ = _score_older(b_far, p_landmarks, i_start, older, HEAD_DIM, N, SINKS)
                 b_best = tl.maximum(b_best, tl.max(b_older - b_norm[:, None], 0))
             o_block = i_start + tl.arange(0, N)
             m_best = (o_block < older) & (b_best > -float("inf"))
@@ -229,9 +231,14 @@ def _candidates(p_groups, i_batch, i_group, size):
 
 
 @triton.jit
-def _landmarks(p_landmark, i_kv_sequence, size, HEAD_DIM: tl.constexpr):
-    """Pointer to the landmarks (capacity, head_dim) of one KV head; `i_kv_sequence`: in (batch, kv_heads)."""
-    return p_landmark + i_kv_sequence * size.capacity * HEAD_DIM
+def _landmarks(p_landmark, p_bias, i_kv_sequence, size, HEAD_DIM: tl.constexpr):
+    """Pointers to the landmarks (capacity, head_dim) of one KV head, and to their biases (capacity,) or None.
+
+    `i_kv_sequence`: in (batch, kv_heads).
+    """
+    if p_bias is not None:
+        p_bias = p_bias + i_kv_sequence * size.capacity
+    return p_landmark + i_kv_sequence * size.capacity * HEAD_DIM, p_bias
 
 
 @triton.jit
@@ -256,29 +263,39 @@ def _score_one(b_query, p_landmarks, i_block, HEAD_DIM: tl.constexpr):
     """(M,): scores of one block for queries 2 (M, H), computed in fp32."""
     HALF: tl.constexpr = HEAD_DIM // 2
     b_first, b_second = b_query
+    p_landmark, p_bias = p_landmarks
     o_half = tl.arange(0, padded(HALF))
-    p_key = p_landmarks + i_block * HEAD_DIM + o_half
+    p_key = p_landmark + i_block * HEAD_DIM + o_half
     # (H,)
     b_key_first = tl.load(p_key, mask=o_half < HALF, other=0.0).to(tl.float32)
     # (H,)
     b_key_second = tl.load(p_key + HALF, mask=o_half < HALF, other=0.0).to(tl.float32)
     b_score = tl.sum(b_first.to(tl.float32) * b_key_first[None, :], 1)
-    return b_score + tl.sum(b_second.to(tl.float32) * b_key_second[None, :], 1)
+    b_score += tl.sum(b_second.to(tl.float32) * b_key_second[None, :], 1)
+    if p_bias is not None:
+        b_score += tl.load(p_bias + i_block) * LOG2_E
+    return b_score
 
 
 @triton.jit
-def _score_older(b_far, p_landmarks, i_start, stop, HEAD_DIM: tl.constexpr, N: tl.constexpr):
-    """(M, N): scores of blocks `i_start` .. for queries 2 (M, H), -inf from `stop` on; and the blocks (N,)."""
+def _score_older(
+    b_far, p_landmarks, i_start, stop, HEAD_DIM: tl.constexpr, N: tl.constexpr, SINKS: tl.constexpr
+):  # fmt: skip
+    """(M, N): scores of blocks `i_start` .. for queries 2 (M, H), -inf from `stop` on and for sinks; and the blocks."""
     HALF: tl.constexpr = HEAD_DIM // 2
     b_first, b_second = b_far
+    p_landmark, p_bias = p_landmarks
     o_block, o_half = i_start + tl.arange(0, N), tl.arange(0, padded(HALF))
-    p_key = p_landmarks + o_block[None, :] * HEAD_DIM + o_half[:, None]
+    p_key = p_landmark + o_block[None, :] * HEAD_DIM + o_half[:, None]
     m_key = (o_block < stop)[None, :] & (o_half < HALF)[:, None]
     # (H, N) to (M, N)
     b_score = tl.dot(b_first, tl.load(p_key, mask=m_key, other=0.0), input_precision="ieee")
     # (H, N) to (M, N)
     b_score = tl.dot(b_second, tl.load(p_key + HALF, mask=m_key, other=0.0), b_score, input_precision="ieee")
-    return tl.where((o_block < stop)[None, :], b_score, -float("inf")), o_block
+    if p_bias is not None:
+        # (N,)
+        b_score += (tl.load(p_bias + o_block, mask=o_block < stop, other=0.0) * LOG2_E)[None, :]
+    return tl.where(((o_block >= SINKS) & (o_block < stop))[None, :], b_score, -float("inf")), o_block
 
 
 @triton.jit
@@ -290,22 +307,26 @@ def _rank(b_score, b_block):
 
 
 @triton.jit
-def _last_ranks(b_score, stop, m_score, K: tl.constexpr):
+def _last_ranks(b_score, stop, m_score, K: tl.constexpr, SINKS: tl.constexpr):
     """(rows, K_PAD): ranks of the last k blocks before `stop`, the latest first; NONE where there is none.
 
     b_score, m_score: (rows, K_PAD or 1), whether a score counts. Of blocks that tie only these can be chosen.
     """
     o_recent = tl.arange(0, triton.next_power_of_2(K))
     b_block = stop - 1 - o_recent
-    m_block = m_score & ((o_recent < K) & (b_block >= 0))[None, :]
+    m_block = m_score & ((o_recent < K) & (b_block >= SINKS))[None, :]
     return tl.where(m_block, _rank(b_score, tl.maximum(b_block, 0)[None, :]), NONE)
 
 
 @triton.jit
-def _empty_list(M: tl.constexpr, K: tl.constexpr):
-    """(M, K_PAD): lists of k empty places, no two alike, so that one candidate fills one place."""
+def _empty_list(n, M: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr):
+    """(M, K_PAD): lists of k empty places, no two alike, so that one candidate fills one place.
+
+    Sinks, as far as they are among the `n` candidates, have their places, with ranks above those of scores.
+    """
     o_place = tl.arange(0, triton.next_power_of_2(K))
     b_place = tl.where(o_place < K, NONE + 1 + o_place.to(tl.int64), FULL)
+    b_place = tl.where((o_place < SINKS) & (o_place < n), HIGHEST + o_place.to(tl.int64), b_place)
     return tl.zeros([M, triton.next_power_of_2(K)], tl.int64) + b_place[None, :]
 
 

@@ -42,12 +42,14 @@ class _Scored(NamedTuple):
     far: (batch, heads, groups, queries, head_dim): queries rotated to distance k + 1, as the older candidates see them.
     recent: (batch, heads, groups, queries, k padded): scores of the last k candidates, fp32.
     landmark: (batch, kv_heads, capacity, head_dim).
+    bias: (batch, kv_heads, capacity), fp32, or None.
     groups: pointers of `group_pointers`.
     """
 
     far: Tensor
     recent: Tensor
     landmark: Tensor
+    bias: Tensor | None
     groups: tuple[Tensor, ...]
 
 
@@ -62,18 +64,21 @@ def select_blocks(
     block_size: int,
     rotary: RotaryTable,
     scale: float,
+    bias: Tensor | None = None,
+    num_sink_blocks: int = 0,
 ) -> Tensor:
     """Chooses k blocks for each query and head, as `choose_blocks` does.
 
     Args:
-        query: (batch, columns, kv_heads, heads_per_kv, head_dim), contiguous, not rotated.
+        query: (batch, columns, kv_heads, heads_per_kv, head_dim), contiguous, not rotated: what scores landmarks.
         landmark: (batch, kv_heads, capacity, head_dim), contiguous, in the dtype of `query`: landmark keys rotated by
             their offset in the block. Only those of each group's candidates are read.
         groups: where the queries stand.
         k: blocks to choose, at least 1.
         share: the queries of a group share a choice (`"head"`), otherwise none do (`"token_and_head"`).
-        landmarks_tie: as in `choose_blocks`.
+        landmarks_tie, num_sink_blocks: as in `choose_blocks`.
         rotary: fp32.
+        bias: (batch, kv_heads, capacity), fp32, contiguous: added to the scores; not where landmarks tie.
 
     Returns:
         (batch, kv_heads, heads_per_kv, groups, 1 if `share` else queries, k), int32, ascending; -1 stands first where
@@ -84,15 +89,17 @@ def select_blocks(
     share = share and num_queries > 1  # one query's best scores are its best weights
     heads = kv_heads * heads_per_kv
     shape = {"HEADS": heads, "HEADS_PER_KV": heads_per_kv, "HEAD_DIM": head_dim, "K": k, "TIE": landmarks_tie}
+    shape["SINKS"] = num_sink_blocks
     far = query.new_empty(batch, heads, num_groups, num_queries, head_dim)
     recent = query.new_empty(*far.shape[:-1], triton.next_power_of_2(k), dtype=torch.float32)
-    scored = _Scored(far, recent, landmark, group_pointers(groups))
+    scored = _Scored(far, recent, landmark, bias, group_pointers(groups))
     choices = 1 if share else num_queries
     choice = query.new_empty(batch, kv_heads, heads_per_kv, num_groups, choices, k, dtype=torch.int32)
     tile, size = _tiling(scored, num_queries)
     score_recent_kernel[size.groups * size.tiles, batch * heads](
         query_pointer(query),
         landmark,
+        bias,
         scored.groups,
         (rotary.cos, rotary.sin),
         far,

@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
+from landmark_llama.attention.rotary import RotaryTable, StillTable
+from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, with_sinks
 from landmark_llama.reading.highest import top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
+from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.documents import find_documents
 
 
@@ -37,6 +38,7 @@ class DecodingStep:
     start: (batch,): landmarked position of each row's token; `stop`: the largest after the step.
     valid: (batch, columns), boolean: False where a row has no landmark to add, and others have.
     place: what follows from the offsets of the columns in their blocks.
+    still: the same for layers without RoPE; None where there are none.
     direct: (batch, 1, 1, 1, direct blocks + 1): the blocks read directly, the own last; negative where none is.
     candidates: what may be retrieved; None where nothing is.
     cache: what has been read; each layer adds the step's keys and values.
@@ -50,6 +52,7 @@ class DecodingStep:
     stop: int
     valid: Tensor
     place: Places
+    still: Places | None
     direct: Tensor
     candidates: Candidates | None
     cache: LandmarkCache
@@ -59,7 +62,7 @@ class DecodingStep:
     @classmethod
     def of(
         cls,
-        config: LandmarkLlamaConfig,
+        config: LandmarkConfig,
         content: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -72,7 +75,7 @@ class DecodingStep:
         Args:
             content: ids (batch, 1) for a step; more columns, embeddings, or tensors of a GPU make no step.
             position_ids: checked, and otherwise of no use: a cache holds one document a row.
-            retrieval: arguments of `LandmarkLlamaConfig.retrieval`.
+            retrieval: arguments of `LandmarkConfig.retrieval`.
             rotary: holds every position that a step can ask for.
         """
         step = cache is not None and content.dim() == 2 and content.shape[1] == 1 and content.device.type == "cpu"
@@ -91,7 +94,10 @@ class DecodingStep:
         num_direct = 0 if settings.local_attention == "chunked" else settings.num_direct_blocks
         k, number = settings.num_retrieved_blocks, (block - num_direct).clamp_min(0)
         most = int(number.max()) if k else 0
-        place = _places(rotary, block_size, num_direct + 1, k if most else 0).at(offset + column)
+        place, still = (
+            None if table is None else _places(table, block_size, num_direct + 1, k if most else 0).at(offset + column)
+            for table in (rotary, rotary.still)
+        )
         return cls(
             source=column.expand(len(content), -1),
             output=completes.long() if config.predict_from_landmark else torch.zeros_like(completes, dtype=torch.long),
@@ -99,6 +105,7 @@ class DecodingStep:
             stop=int(start.max()) + len(column),
             valid=(column == 0) | completes,
             place=place,
+            still=still,
             direct=(block + torch.arange(-num_direct, 1)).view(len(block), 1, 1, 1, -1),
             candidates=Candidates.of(number, most, k) if most else None,
             cache=cache,
@@ -119,14 +126,15 @@ class DecodingStep:
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
         storage, dtype, kv_heads = self.cache.layers[layer_idx].storage, query.dtype, key.shape[2]
+        place = self.still if isinstance(rotary, StillTable) else self.place
         prior, scoring = None, None
         if self.pooled:
             mean = query.unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(dtype, torch.float32))
-            prior = Prior(self.place.turn_key(mean), scale)
-        storage.write(self.place.turn_key(key).to(dtype), value, self.start, self.stop, prior)
-        query = self._at_distances(query, kv_heads, scale)
+            prior = Prior(place.turn_key(mean), scale)
+        storage.write(place.turn_key(key).to(dtype), value, self.start, self.stop, prior)
+        query = place.at_distances(query, kv_heads, scale)
         if landmark_query is not None:
-            scoring = self._at_distances(landmark_query, kv_heads, scale)
+            scoring = place.at_distances(landmark_query, kv_heads, scale)
         table = self.direct
         if self.candidates is not None:
             tie = layer_idx == 0 and not self.pooled
@@ -146,14 +154,12 @@ class DecodingStep:
             scores[..., -1] = torch.linalg.vecdot(scoring, key[..., -1, :].to(scoring.dtype))
         if self.pooled and not self.settings.exact_weights:
             scores[..., -1] += storage.gather_biases(block)
-        weights = self._weights(scores, table < 0).flatten(-2)
-        output = (weights.unsqueeze(-2) @ value.to(weights.dtype).flatten(-3, -2)).squeeze(-2)
+        weights, shares = self._weights(scores, table < 0)
+        if self.candidates is not None and (found := recorder()) is not None:
+            row, k = torch.arange(len(table)), self.settings.num_retrieved_blocks
+            found.add(layer_idx, *(x[row, :, :, self.output[:, 0], :k] for x in (table, shares)))
+        output = (weights.flatten(-2).unsqueeze(-2) @ value.to(weights.dtype).flatten(-3, -2)).squeeze(-2)
         return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
-
-    def _at_distances(self, query: Tensor, kv_heads: int, scale: float) -> Tensor:
-        """`query`, scaled and rotated to all distances: (batch, kv_heads, group, columns, distances, head_dim)."""
-        query = self.place.turn(query.unsqueeze(-2)) * scale  # (batch, columns, heads, distances, head_dim)
-        return query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
 
     def _choose(self, query: Tensor, storage: BlockStorage, landmarks_tie: bool) -> Tensor:
         """The k blocks of each query, (batch, kv_heads or 1, group or 1, columns or 1, k), as `choose_blocks` does.
@@ -192,8 +198,8 @@ class DecodingStep:
             chosen = with_sinks(chosen, sinks, candidates.number.view(-1, 1, 1, 1, 1))
         return chosen.sort(-1).values
 
-    def _weights(self, scores: Tensor, none: Tensor) -> Tensor:
-        """Weights of the positions of a table of blocks, the own one last; 0 for landmarks.
+    def _weights(self, scores: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the positions of a table of blocks, the own one last, 0 for landmarks; and of the blocks.
 
         Args:
             scores: (batch, kv_heads, group, columns, blocks, block_size).
@@ -203,7 +209,8 @@ class DecodingStep:
         # a block's logit: its landmark's score, or for the own block the logsumexp of its tokens
         own = tokens[..., -1, :].logsumexp(-1, keepdim=True)
         logit = torch.cat([scores[..., :-1, -1], own], dim=-1).masked_fill(none, -torch.inf)
-        return tokens.softmax(-1) * logit.softmax(-1).unsqueeze(-1)
+        shares = logit.softmax(-1)
+        return tokens.softmax(-1) * shares.unsqueeze(-1), shares
 
 
 class Places(NamedTuple):
@@ -224,9 +231,13 @@ class Places(NamedTuple):
         cos, sin, hidden = (x[offset] for x in self)
         return Places(cos.unsqueeze(2), sin.unsqueeze(2), hidden[:, None, None])
 
-    def turn(self, query: Tensor) -> Tensor:
-        """`query` (batch, columns, heads, 1, head_dim), rotated to all distances, in fp32 at least."""
-        return _turn(query, self.cos, self.sin)
+    def at_distances(self, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+        """`query` (batch, columns, heads, head_dim), rotated to all distances and scaled, in fp32 at least.
+
+        Returns (batch, kv_heads, group, columns, distances, head_dim).
+        """
+        query = _turn(query.unsqueeze(-2), self.cos, self.sin) * scale  # (batch, columns, heads, distances, head_dim)
+        return query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
 
     def turn_key(self, key: Tensor) -> Tensor:
         """`key` (batch, columns, kv_heads, head_dim), rotated by its offset."""

@@ -37,11 +37,11 @@ class DecodingGraphs:
     """The recorded steps of one `LandmarkCache`.
 
     Args:
-        record: records a step; returns its replay and its output.
+        record: records a step; returns its replay and its output. None: `record_cuda_graph`.
     """
 
-    def __init__(self, record: Recorder = record_cuda_graph) -> None:
-        self._record = record
+    def __init__(self, record: Recorder | None = None) -> None:
+        self._record = record_cuda_graph if record is None else record
         self._addresses: Hashable = None  # of the cache when the steps were recorded
         self._steps: dict[Hashable, _Step | None] = {}
 
@@ -62,7 +62,7 @@ class DecodingGraphs:
         if not _is_step(states, table) or not self.can_record(table.storages, states.dtype, rotary):
             return layers(states, table)
         # with the capacity: memory that was given back may be taken again for another shape
-        addresses = tuple((*(y.data_ptr() for y in x.resident), x.capacity) for x in table.storages)
+        addresses = tuple((_addresses(storage), storage.capacity) for storage in table.storages)
         if addresses != self._addresses:
             self._addresses, self._steps = addresses, {}
         groups = table.groups
@@ -92,6 +92,11 @@ class _Step:
                 into.copy_(x)
         self.replay()
         return self.output
+
+
+def _addresses(storage: BlockStorage) -> tuple[int, ...]:
+    landmarks = (of(storage.capacity) for of in (storage.landmarks, storage.biases))
+    return tuple(x.data_ptr() for x in (*storage.resident, *landmarks) if x is not None)
 
 
 def _is_step(states: Tensor, table: Table) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
+from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.rows.layout import Layout
 
 TILE_QUERIES = 32  # at least, of those that share a window of keys
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
     groups: QueryGroups
 
 
-def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: LandmarkLlamaConfig) -> Iterator[Chunk]:
+def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: LandmarkConfig) -> Iterator[Chunk]:
     """Cuts a call into chunks of whole blocks of every row."""
     block_size = config.block_size
     blocks = settings.chunk_blocks if settings.chunked else _chunk_blocks(layout, settings, config)
@@ -47,7 +47,7 @@ def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: Landmar
         yield Chunk(begin - layout.start, length, groups)
 
 
-def _tile_blocks(settings: RetrievalSettings, config: LandmarkLlamaConfig) -> int:
+def _tile_blocks(settings: RetrievalSettings, config: LandmarkConfig) -> int:
     """Query blocks that share a window of keys.
 
     More of them share more of what is gathered, and each sees less of it. All must fit the rotary table.
@@ -56,7 +56,7 @@ def _tile_blocks(settings: RetrievalSettings, config: LandmarkLlamaConfig) -> in
     return min(fitting, max(settings.num_direct_blocks, -(-TILE_QUERIES // config.block_size)))
 
 
-def _chunk_blocks(layout: Layout, settings: RetrievalSettings, config: LandmarkLlamaConfig) -> int:
+def _chunk_blocks(layout: Layout, settings: RetrievalSettings, config: LandmarkConfig) -> int:
     """Blocks of a chunk in sliding attention, where their number changes nothing but memory and speed."""
     tile = _tile_blocks(settings, config)
     blocks = max(1, CHUNK_POSITIONS // config.block_size)

@@ -22,7 +22,7 @@ from landmark_llama.attention.blockwise import attend_sequence
 from landmark_llama.attention.exact import attend_exactly
 from landmark_llama.attention.pooling import pool_rows
 from landmark_llama.attention.rotary import RotaryTable
-from landmark_llama.configuration import LandmarkLlamaConfig, RetrievalSettings
+from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.choice import choose_blocks, rotate_to_distances
 from landmark_llama.reading.storage import BlockStorage, Prior
@@ -172,7 +172,7 @@ def _recomputed(function: Any, *tensors: Tensor | None) -> Tensor:
 
 
 def check_segment(
-    config: LandmarkLlamaConfig,
+    config: LandmarkConfig,
     layout: Layout,
     num_retrieved_blocks: int | None,
     num_local_blocks: int | None,

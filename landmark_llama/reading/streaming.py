@@ -11,6 +11,7 @@ from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.groups import cut_into_chunks
 from landmark_llama.reading.table import Table
+from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.layout import Rows
 
 
@@ -34,7 +35,7 @@ class StreamingMixin:
             local = output - begin
             row, place = ((local >= 0) & (local < chunk.length.to(device).unsqueeze(1))).nonzero(as_tuple=True)
             layers = functools.partial(self._through_layers, rotary=rotary)
-            if cache.graphs is None or not len(row):
+            if cache.graphs is None or not len(row) or recorder() is not None:
                 # later calls read the last layer's keys and values, but its output is read only where it is kept
                 states = layers(states, table, fill_cache_only=not len(row))
             else:
@@ -43,6 +44,7 @@ class StreamingMixin:
                 states = self.norm(states[row, local[row, place]])
                 kept = states.new_zeros(*output.shape, states.shape[-1]) if kept is None else kept
                 kept[row, place] = states
+        cache.read_by(self, settings)
         return self.norm.weight.new_zeros(*output.shape, self.config.hidden_size) if kept is None else kept
 
 

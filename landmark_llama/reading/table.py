@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.availability import triton_is_installed
+from landmark_llama.attention import availability
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.windows import attend_gathered, attend_window
 from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
+from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.groups import QueryGroups
 from landmark_llama.reading.storage import BlockStorage, Prior
+from landmark_llama.reading.trace import Report, report_of_chunk
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Table:
             landmarks_tie=layer_idx == 0 and not self.pooled,
             kernels=self.kernels,
             landmark_query=None if landmark_query is None else landmark_query.unflatten(2, by_kv_head),
+            report=report_of_chunk(layer_idx, self.groups, self.storages[layer_idx], self.settings.exact_weights),
         ).flatten(2, 3)
 
     def fill_cache_only(
@@ -117,6 +120,7 @@ def attend_through_table(
     exact_weights: bool = False,
     kernels: bool = True,
     landmark_query: Tensor | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """Attention of the queries of one call, whose own keys and values `storage` already holds.
 
@@ -127,30 +131,36 @@ def attend_through_table(
         exact_weights: blocks weigh what their tokens do, whatever their landmarks score.
         kernels: use the GPU kernels where they can run. False: PyTorch.
         landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
+        report: is told what was chosen, by PyTorch.
 
     Returns:
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
+    shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
+    if exact_weights and report is None and query.device.type == "cpu":
+        how = {**shared, "num_sink_blocks": num_sink_blocks, "rotary": rotary, "scale": scale}
+        return attend_exact_table(query, landmark_query, storage, groups, **how)
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
-    kernels = kernels and not (num_sink_blocks or exact_weights)
-    kernels = kernels and kernels_take(storage, query.dtype, rotary, landmark_query)
+    kernels = kernels and report is None and kernels_take(storage, query.dtype, rotary)
     grouped = scoring = rotated = rotated_scoring = choice = None
     if not kernels or granularity == "token":  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
         if landmark_query is not None:
             scoring = groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
     if num_retrieved_blocks and groups.candidates:
-        shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
+        shared["num_sink_blocks"] = num_sink_blocks
         if grouped is None:
-            choice = _choose_with_kernels(query, storage, groups, **shared, **settings)
+            scoring = query if landmark_query is None else landmark_query
+            choice = _choose_with_kernels(scoring, storage, groups, **shared, **settings)
         else:
-            shared["num_sink_blocks"] = num_sink_blocks
             rotated, rotated_scoring, choice = _choose_in_pytorch(
                 grouped, scoring, storage, groups, **shared, **settings
             )
     if kernels:
-        return _attend_with_kernels(query, storage, groups, choice, **settings)
+        return _attend_with_kernels(query, landmark_query, storage, groups, choice, exact=exact_weights, **settings)
     output, lse = _attend_direct(grouped, scoring, storage, groups, exact_weights=exact_weights, **settings)
+    if report is not None:
+        report(choice, rotated if rotated_scoring is None or exact_weights else rotated_scoring, lse)
     if choice is not None:
         output = _add_retrieved(output, lse, rotated, rotated_scoring, choice, storage, exact_weights)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
@@ -196,35 +206,35 @@ def _choose_in_pytorch(
 def _choose_with_kernels(
     query: Tensor, storage: BlockStorage, groups: QueryGroups, *, granularity: str, **settings: Any
 ) -> Tensor:
-    """The blocks of `Choice`, int32, chosen on the GPU; no number that the host must wait for."""
+    """The blocks of `Choice`, int32, chosen on the GPU by `query`; no number that the host must wait for."""
     from landmark_llama.reading.choice_triton import select_blocks
 
+    settings |= {"share": granularity == "head", "bias": storage.biases(storage.capacity)}
     with torch.cuda.device_of(query):
         landmark = storage.landmarks(storage.capacity)
-        return select_blocks(query.contiguous(), landmark, groups, share=granularity == "head", **settings)
+        return select_blocks(query.contiguous(), landmark, groups, **settings)
 
 
 def _attend_with_kernels(
-    query: Tensor, storage: BlockStorage, groups: QueryGroups, choice: Choice | Tensor | None, **settings: Any
+    query: Tensor,
+    landmark_query: Tensor | None,
+    storage: BlockStorage,
+    groups: QueryGroups,
+    choice: Choice | Tensor | None,
+    **settings: Any,
 ) -> Tensor:
     from landmark_llama.reading.table_triton import attend_table
 
     block = choice.block.int() if isinstance(choice, Choice) else choice
-    rows = {"one_block": groups.one_block, **settings}
+    rows = {"one_block": groups.one_block, "bias": storage.biases(storage.capacity), **settings}
+    rows["landmark_query"] = None if landmark_query is None else landmark_query.contiguous()
     with torch.cuda.device_of(query):
         return attend_table(query.contiguous(), *storage.resident, groups, block, **rows)
 
 
-def kernels_take(
-    storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable, landmark_query: Tensor | None = None
-) -> bool:
-    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does.
-
-    They know neither a query of the landmarks' own nor the bias of pooled landmark keys.
-    """
-    if landmark_query is not None or storage.biases(0) is not None:
-        return False
-    if storage.resident is None or storage.device.type != "cuda" or not triton_is_installed():
+def kernels_take(storage: BlockStorage, dtype: torch.dtype, rotary: RotaryTable) -> bool:
+    """Whether the GPU kernels can read `storage` for queries of `dtype`; where not, PyTorch does."""
+    if storage.resident is None or not storage.capacity or not availability.kernels_run_on(storage.device):
         return False
     from landmark_llama.reading.table_triton import supported
 

@@ -12,6 +12,7 @@ and dot gives the shape of its result. Exponentials and logarithms are to base 2
     H             half of HEAD_DIM, padded to a power of two
     D             HEAD_DIM, padded to a power of two
     K, K_PAD      blocks that a query chooses; padded to a power of two
+    SINKS         how many of these are the first ones, whatever they score
     BLOCK         positions of a landmark block
     HEADS         query heads; HEADS_PER_KV of them share a KV head
 """
@@ -24,8 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from landmark_llama.attention import triton_tiles
 from landmark_llama.attention.triton_tiles import Strided, padded
 from landmark_llama.reading.groups import QueryGroups
+
+LOG2_E = tl.constexpr(triton_tiles.LOG2_E)
 
 
 class Sizes(NamedTuple):

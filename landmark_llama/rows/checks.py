@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 
 if TYPE_CHECKING:
-    from transformers import LlamaModel
+    from transformers import PreTrainedModel
 
 
 def check_inputs(
-    config: LandmarkLlamaConfig,
+    config: LandmarkConfig,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
@@ -46,9 +46,7 @@ def check_inputs(
     return content
 
 
-def check_streaming(
-    config: LandmarkLlamaConfig, length: int, *, training: bool, output_hidden_states: bool | None
-) -> None:
+def check_streaming(config: LandmarkConfig, length: int, *, training: bool, output_hidden_states: bool | None) -> None:
     """Raises a ValueError if a call whose longest row takes `length` landmarked positions cannot be streamed."""
     if training:
         raise ValueError(
@@ -63,7 +61,7 @@ def check_streaming(
         )
 
 
-def warn_of_frozen_landmark(model: LlamaModel) -> None:
+def warn_of_frozen_landmark(model: PreTrainedModel) -> None:
     """Warns if `model` trains something, but not its landmark's embedding row, as with LoRA on linear layers alone."""
     embedding, landmark = model.embed_tokens, model.config.landmark_token_id
     frozen = not any(weight.requires_grad for weight in embedding.parameters())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landmark_llama.configuration import LandmarkLlamaConfig
+from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.rows.documents import find_documents
 from landmark_llama.tokenization import landmarked_length
 
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(
         cls,
-        config: LandmarkLlamaConfig,
+        config: LandmarkConfig,
         content: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
