@@ -169,7 +169,7 @@ class ObservedStorage:
 
     def __init__(self, block_size: int) -> None:
         self._storage = DeviceStorage(block_size)
-        self.chosen = self.repeated = 0
+        self.chosen = self.again = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -180,7 +180,7 @@ class ObservedStorage:
             block = blocks.flatten(-2)
             same = block[..., 1:, :].unsqueeze(-1) == block[..., :-1, :].unsqueeze(-2)
             self.chosen += same[..., 0].numel()
-            self.repeated += int(same.any(-1).sum())
+            self.again += int(same.any(-1).sum())
         return self._storage.gather(blocks)
 
 
@@ -191,7 +191,7 @@ def overlap(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Argum
     cache = LandmarkCache(config, storage=ObservedStorage)
     model(_text(model_args, config, args, args.overlap_length).long(), past_key_values=cache, logits_to_keep=1)
     storages = [storage for storage in cache.storages if storage.chosen]
-    return {"overlap": [round(storage.repeated / storage.chosen, 4) for storage in storages]}
+    return {"overlap": [round(storage.again / storage.chosen, 4) for storage in storages]}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import memory
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 SHAPE = ["--hidden_size", "32", "--intermediate_size", "48", "--layers", "2", "--heads", "2", "--head_dim", "16"]
 SMALL = [
@@ -51,7 +52,8 @@ def test_overlap_counts_the_choices_that_are_made_again() -> None:
     storage.write(keys, keys, torch.zeros(1, dtype=torch.long))
     # three groups of one query that choose two blocks each
     storage.gather(torch.tensor([[1, 2], [2, 5], [2, 5]]).view(1, 1, 1, 3, 1, 2))
-    assert (storage.repeated, storage.chosen) == (3, 4)
+    assert (storage.again, storage.chosen) == (3, 4)
+    assert isinstance(storage.repeated, RepeatedLandmarks), "what is counted must not hide what storages have"
 
 
 @pytest.mark.parametrize(
