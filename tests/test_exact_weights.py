@@ -26,7 +26,7 @@ VARIANTS = [
 def make_model(**settings: object) -> LandmarkLlamaForCausalLM:
     torch.manual_seed(0)
     settings = {"block_size": BLOCK, "num_retrieved_blocks": 3, "block_weight": "exact", **settings}
-    config = LandmarkLlamaConfig(**SHAPE, **settings, landmark_token_id=39)
+    config = LandmarkLlamaConfig(**{**SHAPE, **settings}, landmark_token_id=39)
     model = LandmarkLlamaForCausalLM(config).eval()
     for layer in model.model.layers:  # a calibration that has been trained
         if layer.self_attn.landmark_calibration is not None:
@@ -110,13 +110,14 @@ def test_sinks_are_chosen_whatever_they_score_and_the_best_others_beside_them(
         assert (block[:, :, :, 2, :, 2:] == best).all()
 
 
-def test_a_cut_first_block_is_still_read_when_it_is_a_sink() -> None:
-    """Retrieving one block, the sink: what the first block holds reaches any query."""
-    model = make_model(num_retrieved_blocks=1, num_local_blocks=0, num_sink_blocks=1)
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_only_as_a_sink_is_the_first_block_read_from_far_behind(sinks: int) -> None:
+    """In a single layer of token landmarks all candidates tie, and the later one wins: never the first of many."""
+    model = make_model(num_hidden_layers=1, num_retrieved_blocks=1, num_local_blocks=0, num_sink_blocks=sinks)
     ids = make_ids(120, rows=1)
     changed = ids.clone()
     changed[0, 0] = (ids[0, 0] + 1) % 39
-    assert (model(ids).logits[0, -1] != model(changed).logits[0, -1]).any()
+    assert (model(ids).logits[0, -1] != model(changed).logits[0, -1]).any() == bool(sinks)
 
 
 def test_segments_give_the_gradients_of_ordinary_attention() -> None:

@@ -143,7 +143,7 @@ class DecodingStep:
             # of the last candidates and the direct blocks, each is read at its own distance; those before, one farther
             near = table >= self.candidates.first_recent
             query = torch.where(near.unsqueeze(-1), query[..., 1:, :], query[..., :-1, :])
-            if scoring is not None:
+            if scoring is not None and not self.settings.exact_weights:
                 scoring = torch.where(near.unsqueeze(-1), scoring[..., 1:, :], scoring[..., :-1, :])
         block = table.clamp_min(0)
         key, value = storage.gather(block)  # (batch, kv_heads, group, columns, blocks, block_size, head_dim)
