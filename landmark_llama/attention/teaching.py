@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark_llama.attention.pooling import pool_block, prior_of_heads
+from landmark_llama.attention.pooling import pool_block
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.whole_rows import WholeRows
 
@@ -74,14 +74,15 @@ class TaughtRows(WholeRows):
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """As `WholeRows.attend`; the gradients of the layer's loss are added to those of the output."""
         how = {"layer_idx": layer_idx, "rotary": rotary, "scale": scale, "landmark_query": landmark_query}
-        output = super().attend(query, key, value, **how)
+        output = super().attend(query, key, value, **how, landmark_prior=landmark_prior)
         if query.shape[1] < 2 * self.block_size:  # no query has a candidate
             return output
         with torch.autocast(query.device.type, enabled=False):
-            loss = self._loss(query, key, rotary, scale, landmark_query)
+            loss = self._loss(query, key, rotary, scale, landmark_query, landmark_prior)
         losses = _collected.get()
         if losses is None:
             return _WithLoss.apply(output, loss)
@@ -89,7 +90,13 @@ class TaughtRows(WholeRows):
         return output
 
     def _loss(
-        self, query: Tensor, key: Tensor, rotary: RotaryTable, scale: float, landmark_query: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        rotary: RotaryTable,
+        scale: float,
+        landmark_query: Tensor | None,
+        landmark_prior: Tensor | None,
     ) -> Tensor:
         kv_heads, block_size, rows = key.shape[2], self.block_size, len(query)
         blocks = query.shape[1] // block_size
@@ -97,16 +104,14 @@ class TaughtRows(WholeRows):
         column = self._draw_queries(query, SCORES_AT_ONCE // (rows * query.shape[2] * tokens))
 
         wide = torch.promote_types(key.dtype, torch.float32)
-        offset = torch.arange(block_size, device=key.device)
-        stored, asked = (
-            rotary.rotate(x[:, : blocks * block_size].unflatten(1, (blocks, block_size)).to(wide), offset.unsqueeze(-1))
-            for x in (key, query)
-        )
+        offset = torch.arange(block_size, device=key.device).unsqueeze(-1)
+        by_block = key[:, : blocks * block_size].unflatten(1, (blocks, block_size))
+        stored = rotary.rotate(by_block.to(wide), offset)
         block = stored[:, :, :-1].permute(0, 3, 1, 2, 4)  # (batch, kv_heads, blocks, block_size - 1, head_dim)
         landmark, bias = stored[:, :, -1].transpose(1, 2), None
         if self.pooled:
-            prior = prior_of_heads(asked[:, :, -1].transpose(1, 2), kv_heads)
-            landmark, bias = pool_block(block, prior, scale)
+            prior = landmark_prior[:, block_size - 1 : blocks * block_size : block_size].to(wide)
+            landmark, bias = pool_block(block, rotary.rotate(prior, offset[-1]).transpose(1, 2), scale)
 
         def far(x: Tensor) -> Tensor:
             """The drawn queries (batch, kv_heads, group * queries, head_dim), scaled, where old blocks are scored."""
