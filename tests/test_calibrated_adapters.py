@@ -47,7 +47,7 @@ def train_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32) 
         model = LandmarkLlamaForCausalLM.from_llama(base, tokenizer, dtype=dtype, **POOLED, landmark_query_rank=3)
     config = LoraConfig(r=2, base_model_name_or_path=str(base), target_modules="all-linear", task_type="CAUSAL_LM")
     model = LandmarkPeftModel(model, config, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).train()
-    optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=0.1)
+    optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=0.05)
     for _ in range(3):
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
