@@ -127,7 +127,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_configuration_of_the_project_is_valid_as_it_stands(path: Path, gpu: None) -> None:
     model, data, run, _ = parse_arguments(["--config", str(path)])
     assert run.output_dir and data.data
-    assert run.bf16 == (not path.name.startswith("tiny"))
+    assert run.bf16 == (not path.name.startswith(("tiny", "smollm2")))  # which are trained on CPUs, in fp32
     if model.attention == "landmark":
         settings = {name: getattr(model, name) for name in LANDMARK_SETTINGS}
         settings = {name: value for name, value in settings.items() if value is not None}

@@ -193,11 +193,13 @@ def test_a_package_that_no_index_has_is_asked_for_by_hand(tmp_path: Path, monkey
 
 
 def test_a_calibration_is_trained_and_taken_by_a_run(wheel: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"Sentence {i} of a text that goes on and on." for i in range(2500)), encoding="utf-8")
+    text = tmp_path / "text.jsonl"
+    document = " ".join(f"Sentence {i} of a text that goes on and on." for i in range(400))
+    text.write_text("\n".join(json.dumps({"text": f"{n}. {document}"}) for n in range(40)), encoding="utf-8")
     argv = [
         "--package", str(wheel), "--sha256", "any", "--output", str(tmp_path / "trained"), "--data", str(text),
-        "--retrieval_documents", "40", "--max_steps", "2", "--max_heldout_rows", "2", "--shuffle_buffer", "4",
+        "--retrieval_documents", "400", "--heldout_share", "0.1",
+        "--max_steps", "2", "--max_heldout_rows", "2", "--shuffle_buffer", "4",
         "--cpu_threads", "1", "--use_cpu", "true",
     ]  # fmt: skip
     train.main(argv)

@@ -3,9 +3,9 @@
     make smollm2-train DATA="classics.jsonl.zst redpajama"
     python examples/smollm2/train.py --output runs/smollm2_train --data classics.jsonl.zst redpajama --shares 0.55 0.25
 
-The recipe is `finetune/configs/smollm2.yaml`; flags of `finetune/run.py` that follow override it. Documents that ask for
-what stands far back are written on this machine (`finetune/demo`). Interrupted, the same command goes on from the last
-checkpoint. The calibration is put into `calibration/` in the output folder; `run.py --calibration` takes it.
+The recipe is `finetune/configs/smollm2.yaml`; flags of `finetune/run.py` that follow override it. Documents that ask
+for what stands far back are written on this machine (`finetune/demo`). Interrupted, the same command goes on from the
+last checkpoint. The calibration is put into `calibration/` in the output folder; `run.py --calibration` takes it.
 """
 
 import shutil
