@@ -84,7 +84,7 @@ def make_task(
         return PasskeyTask(str(name), encoder, load_template(path), text)
     noise = load_template().filler  # which RULER's is, too
     if name.kind in RULER:
-        return make_ruler_task(str(name) if name.kind in NIAH else name, encoder, text, noise, hops=name.count)
+        return make_ruler_task(str(name), encoder, text, noise, hops=name.count)
     stack: Haystack = text or Filler(encoder, noise)
     if name.kind in RECORDS:
         return RECORDS[name.kind](str(name), encoder, stack)
