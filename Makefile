@@ -1,5 +1,6 @@
 # make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
 # make smollm2 a real chat model, SmolLM2-135M, reads 32,768 tokens beside its dense self (docs/smollm2.md)
+# make smollm2-evaluate   measures it against what it must reach, for hours, in steps (docs/smollm2_evaluation.md)
 # make test    the whole test suite
 # make lint    ruff's checks, and the order of imports
 # make base    trains the dense model that the demo starts from (finetune/tiny_base), into runs/tiny_base_3_context
@@ -27,7 +28,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no
 # word for several processes on a machine, whether it has GPUs or not.)
 TWO_PROCESSES := --multi_gpu --num_processes 2
 
-.PHONY: demo smollm2 test lint base clean
+.PHONY: demo smollm2 smollm2-evaluate test lint base clean
 
 demo: $(DEMO)/metrics.json
 	$(BIN)/python eval_passkey/run.py --model $(DEMO) --baseline finetune/tiny_base \
@@ -42,6 +43,11 @@ $(DEMO)/metrics.json: | $(READY)
 
 smollm2: $(READY)
 	$(BIN)/python examples/smollm2/run.py --output $(SMOLLM2_OUTPUT) $(if $(SMOLLM2),--package $(SMOLLM2)) $(SMOLLM2_FLAGS)
+
+# MODEL=FOLDER of a landmark model of your own, DATA="FILES" of texts that it was not trained on
+smollm2-evaluate: $(READY)
+	$(BIN)/python examples/smollm2/evaluate.py --output $(SMOLLM2_OUTPUT) $(if $(SMOLLM2),--package $(SMOLLM2)) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(SMOLLM2_FLAGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

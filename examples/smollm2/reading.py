@@ -38,11 +38,12 @@ def measure(
     for length in sorted(lengths):
         for name, kind in KINDS.items():
             for _ in range(done[name, length], repeats):
+                load = machine("cpu", 0)["load_before"]  # other work makes the time worthless
                 try:
                     row = isolated(measured_reading, model, config, Reading(text=text), kind, 0, length)
                 except MeasurementFailed as error:
                     skipped.append({"model": name, "length": length, "reason": str(error)})
                     break
-                results.append({"model": name, "length": length, **row})
+                results.append({"model": name, "length": length, **row, "load_before": load})
     results.write_summary({"skipped": skipped, "versions": versions(), "machine": machine("cpu", 0)})
     results.close()

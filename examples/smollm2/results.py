@@ -113,7 +113,8 @@ def _reading(folder: Path) -> list[str]:
         peak = max(row["resident_mib"] for row in same)
         rows.append([name, f"{length:,}", f"{seconds:.1f}", f"{length / seconds:,.0f}", f"{peak / 1024:.2f}"])
     head = ["model", "tokens", "seconds", "tokens a second", "peak memory of the process, GiB"]
-    return _table("Reading", head, rows)
+    load = max((row["load_before"] for row in measured), default=0)
+    return _table("Reading", head, rows, f"Load of the machine before a reading, at most: {load:.1f}.")
 
 
 def _answers(folder: Path) -> list[str]:
