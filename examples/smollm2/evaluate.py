@@ -5,8 +5,8 @@
     python examples/smollm2/evaluate.py --output runs/mine --model DIR --dense DENSE_DIR --data BOOKS \
         --passkey 2048:2 8192:1 --ruler 4096:1 --documents 1 --perplexity_lengths 512 2048
 
-Short tasks, pass keys, perplexity, RULER's tasks, chat answers and reading come in three rounds: a fifth of the samples
-of each first, then half of them, then all. Each sample is a line as soon as it is measured, and after each step
+Pass keys, perplexity and RULER's tasks come in three rounds: a fifth of the samples of each first, then half of them,
+then all. Short tasks and chat answers belong to the first round, reading to the last. Each sample is a line as soon as it is measured, and after each step
 `evaluation/results.md` is written anew, with its pictures. Interrupted, the same command goes on where it stopped;
 with more samples it adds to what is there. `docs/smollm2_evaluation.md`
 """
@@ -157,7 +157,9 @@ class Evaluation:
         for number, share in enumerate(ROUNDS, start=1):
             steps = [self.pass_keys, self.perplexity, self.ruler]
             if number == 1:
-                steps = [self.short_tasks, *steps, self.chat, self.read]
+                steps = [self.short_tasks, *steps, self.chat]
+            if number == len(ROUNDS):
+                steps.append(self.read)
             for step in steps:
                 begin = time.perf_counter()
                 step(share)
