@@ -19,7 +19,12 @@ TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
-WORDS = "amber boat cedar dune ember frost grove heath inlet jetty knoll ledge marsh north orchard pond".split()
+WORDS = [
+    first + middle + last
+    for first in "bcdfghjklmnprstvwz"
+    for middle in "ade emi lilu oro uri ydo ano epi".split()
+    for last in "lda rna sto nda lfa rne sko ntu".split()
+]
 SMALL = [
     "--passkey", "600:2", "800:1", "--ruler", "2600:1", "2800:1", "--dense_max_length", "2600",
     "--perplexity_lengths", "64", "128", "300", "--documents", "2", "--score_tokens", "100", "--dense_longest", "128",
@@ -163,6 +168,11 @@ def test_the_last_word_of_a_passage_has_stood_in_an_earlier_sentence() -> None:
         assert 200 <= len(passage.context + passage.word) <= 800
     with pytest.raises(InputError, match="holds no passage"):
         cloze.passages([document("No word comes again here. Nothing else. It ends.")], 5)
+
+
+def test_a_word_that_a_text_says_all_the_time_is_not_asked() -> None:
+    often = a_book(0).replace(". Then", " always. Then")
+    assert "always" not in {passage.word for passage in cloze.passages([document(often + " " + a_book(1))], 200)}
 
 
 def test_a_last_word_is_right_if_every_token_of_it_is_the_most_likely(models) -> None:

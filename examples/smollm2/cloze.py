@@ -1,11 +1,13 @@
 """A short test without a network: the last word of passages of held-out texts, as in LAMBADA. It is not lm-eval's.
 
 A passage is a few sentences of a text of the user's. Its last word has stood in an earlier sentence of it, so that the
-context helps. A model is right if each token of the word is its most likely one. Passages are shorter than the window
-of a landmark model: what is compared is what conversion and training do to short texts.
+context helps, and is none that the text says all the time. A model is right if each token of the word is its most
+likely one. Passages are shorter than the window of a landmark model: what is compared is what conversion and training
+do to short texts.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from eval_perplexity.documents import Document, beginning_of_text
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+[”’\"')]*\s*")
 _LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]+[”’\"')]*\s*", re.DOTALL)
 _FEWEST_SENTENCES, _MOST_SENTENCES = 3, 8
+_RARE = 1000  # words of the text to one such word
 _EDGE = 0.05  # of a text, at either end: title pages and licences
 FIELDS = ("passage", "correct", "nll", "tokens")
 
@@ -53,13 +56,15 @@ def _of_document(document: Document, least: int, most: int):
     """Passages that do not overlap."""
     text = document.text[int(_EDGE * len(document.text)) : int((1 - _EDGE) * len(document.text))]
     sentences = _SENTENCE.findall(" ".join(text.split()))
+    words = Counter(re.findall("[A-Za-z]+", text))
+    most_often = words.total() / _RARE
     start = 0
     while start < len(sentences):
         for end in range(start + _FEWEST_SENTENCES, min(start + _MOST_SENTENCES, len(sentences)) + 1):
             passage = "".join(sentences[start:end])
             last = _LAST_WORD.fullmatch(passage)
             earlier = re.findall("[A-Za-z]+", "".join(sentences[start : end - 1]))
-            if least <= len(passage) <= most and last and last[2] in earlier:
+            if least <= len(passage) <= most and last and last[2] in earlier and words[last[2]] <= most_often:
                 yield Passage(f"{document.digest}:{start}", last[1], last[2])
                 start = end
                 break

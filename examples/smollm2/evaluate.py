@@ -6,9 +6,9 @@
         --passkey 2048:2 8192:1 --ruler 4096:1 --documents 1 --perplexity_lengths 512 2048
 
 Pass keys, perplexity and RULER's tasks come in three rounds: a fifth of the samples of each first, then half of them,
-then all. Short tasks and chat answers belong to the first round, reading to the last. Each sample is a line as soon as it is measured, and after each step
-`evaluation/results.md` is written anew, with its pictures. Interrupted, the same command goes on where it stopped;
-with more samples it adds to what is there. `docs/smollm2_evaluation.md`
+then all. Short tasks and chat answers belong to the first round, reading to the last. Each sample is a line as soon as
+it is measured, and after each step `evaluation/results.md` is written anew, with its pictures. Interrupted, the same
+command goes on where it stopped; with more samples it adds to what is there. `docs/smollm2_evaluation.md`
 """
 
 import contextlib
@@ -176,7 +176,7 @@ class Evaluation:
             tally: Counter = Counter()
 
             def told(row: dict, name: str = name, tally: Counter = tally) -> None:
-                tally.update(total=1, right=row["correct"])
+                tally.update(total=1, right=int(row["correct"]))
                 if tally["total"] % 50 == 0:
                     self.say(f"last words, {name}: {tally['right']} of {tally['total']} right")
 
@@ -196,7 +196,7 @@ class Evaluation:
         def told(role: str, row: dict) -> None:
             name = "dense" if role == "baseline" else "landmark"
             key = f"{row['task']}, {row['length']:,} tokens, {name}"
-            tally.update({(key, "all"): 1, (key, "right"): bool(row["correct"])})
+            tally.update({(key, "all"): 1, (key, "right"): int(row["correct"])})
             verdict = "right" if row["correct"] else f"wrong: {row['prediction'][:40]!r} for {row['key']!r}"
             score = f"{tally[key, 'right']} of {tally[key, 'all']}"
             self.say(f"{key}, seed {row['seed']}: {verdict} ({row['seconds']:.1f} s); {score} in this step")

@@ -33,7 +33,7 @@ def _table(title: str, head: list[str], rows: list[list[str]], note: str = "") -
     if not rows:
         return []
     lines = [" | ".join(cells) for cells in (head, *rows)]
-    lines.insert(1, "|".join("---" for _ in head))
+    lines.insert(1, " | ".join("---" for _ in head))
     return [f"## {title}", "", *(f"| {line} |" for line in lines), *(["", note] if note else [])]
 
 
