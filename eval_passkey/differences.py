@@ -1,4 +1,7 @@
-"""How sure a difference of two accuracies is: 95 % intervals for the same prompts and for different ones."""
+"""How sure a difference of two scores is: 95 % intervals for the same prompts and for different ones.
+
+A prompt's score is 1 for right and 0 for wrong, or between them where it has several answers.
+"""
 
 from collections.abc import Mapping
 from math import hypot, sqrt
@@ -16,22 +19,28 @@ class Difference(NamedTuple):
     samples: int
 
 
-def paired_difference(ours: Mapping[object, bool], theirs: Mapping[object, bool]) -> Difference | None:
-    """Of what both were asked; None if that is nothing. The interval is Bonett and Price's (2012), which has a width
-    even where both were right on the same."""
+def paired_difference(ours: Mapping[object, float], theirs: Mapping[object, float]) -> Difference | None:
+    """Of the mean scores of what both were asked; None if that is nothing.
+
+    The interval is Bonett and Price's (2012): one more prompt that only ours has right, and one that only theirs has,
+    so that it has a width even where both were right on the same. Of scores in between, their squares count.
+    """
     both = ours.keys() & theirs.keys()
     if not both:
         return None
-    count = len(both)
-    won, lost = sum(ours[key] > theirs[key] for key in both), sum(ours[key] < theirs[key] for key in both)
-    won_share, lost_share = (won + 1) / (count + 2), (lost + 1) / (count + 2)
-    centre = won_share - lost_share
-    spread = Z95 * sqrt((won_share + lost_share - centre**2) / (count + 2))
-    return Difference((won - lost) / count, max(-1.0, centre - spread), min(1.0, centre + spread), count)
+    differences = [ours[key] - theirs[key] for key in both]
+    count = len(both) + 2
+    centre, squares = sum(differences) / count, (sum(value**2 for value in differences) + 2) / count
+    spread = Z95 * sqrt((squares - centre**2) / count)
+    value = sum(differences) / len(both)
+    return Difference(value, max(-1.0, centre - spread), min(1.0, centre + spread), len(both))
 
 
-def difference(right: int, samples: int, other_right: int, other_samples: int) -> Difference | None:
-    """Of accuracies on different prompts; None without samples. The interval is Newcombe's (1998), of Wilson's two."""
+def difference(right: float, samples: int, other_right: float, other_samples: int) -> Difference | None:
+    """Of mean scores on different prompts, from their sums; None without samples.
+
+    The interval is Newcombe's (1998), of Wilson's two; scores between 0 and 1 vary less, so that it is wide for them.
+    """
     if not samples or not other_samples:
         return None
     ours, theirs = right / samples, other_right / other_samples

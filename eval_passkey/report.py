@@ -30,7 +30,7 @@ class Measured:
         return replace(self, rows=[row for row in self.rows if row["task"] == task])
 
 
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
+def wilson_interval(correct: float, samples: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of the accuracy `correct / samples`; (0, 1) without samples."""
     if samples == 0:
         return 0.0, 1.0

@@ -23,6 +23,15 @@ def test_agreement_on_everything_still_has_a_width_that_shrinks():
     assert -1 < few.low < many.low < 0 < many.high < few.high < 1
 
 
+def test_scores_between_right_and_wrong_count_by_their_share():
+    found = paired_difference({1: 1 / 3, 2: 1.0}, {1: 2 / 3, 2: 1.0})
+    assert found.value == pytest.approx(-1 / 6)
+    right_or_wrong = paired_difference({1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0})
+    assert found.high - found.low < right_or_wrong.high - right_or_wrong.low
+    # Bonett and Price by hand: of two, one is lost; of four with those that are added, two are lost and one is won
+    assert right_or_wrong.high == pytest.approx(-0.25 + 1.959964 * ((0.75 - 0.0625) / 4) ** 0.5)
+
+
 def test_different_prompts_are_compared_by_newcombes_interval():
     found = difference(56, 70, 48, 80)  # his own example: 0.2, 0.0524 to 0.3339
     assert found.value == pytest.approx(0.2)

@@ -231,7 +231,7 @@ def test_goals_compare_the_same_prompts_and_the_lengths(tmp_path: Path) -> None:
         (tmp_path / folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def row(length: int, seed: int, correct: bool) -> dict:
-        return {"task": "niah_single_1", "length": length, "seed": seed, "correct": correct}
+        return {"task": "niah_single_1", "length": length, "seed": seed, "correct": correct, "recall": float(correct)}
 
     write("ruler", [row(4096, i, i < 9) for i in range(10)] + [row(32768, i, i < 5) for i in range(10)])
     write("ruler/baseline", [row(4096, i, i < 8) for i in range(9)])

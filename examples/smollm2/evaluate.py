@@ -197,7 +197,8 @@ class Evaluation:
             name = "dense" if role == "baseline" else "landmark"
             key = f"{row['task']}, {row['length']:,} tokens, {name}"
             tally.update({(key, "all"): 1, (key, "right"): int(row["correct"])})
-            verdict = "right" if row["correct"] else f"wrong: {row['prediction'][:40]!r} for {row['key']!r}"
+            wrong = f"{row['recall']:.0%} right" if row["recall"] else "wrong"
+            verdict = "right" if row["correct"] else f"{wrong}: {row['prediction'][:40]!r} for {row['key']!r}"
             score = f"{tally[key, 'right']} of {tally[key, 'all']}"
             self.say(f"{key}, seed {row['seed']}: {verdict} ({row['seconds']:.1f} s); {score} in this step")
 

@@ -92,11 +92,11 @@ def _ruler(folder: Path) -> Iterator[Goal]:
     tasks = list(dict.fromkeys(row["task"] for row in ours))
     for length in lengths[:1]:
         for task in [*tasks, "all tasks"]:
-            found = paired_difference(right_of(ours, task, length), right_of(theirs, task, length))
+            found = paired_difference(scores_of(ours, task, length), scores_of(theirs, task, length))
             yield from _points(f"{task} at {length:,} tokens: within 5 points of dense", found, RULER_LOSS)
     for length in lengths[1:]:
         for task in [*tasks, "all tasks"]:
-            far, near = right_of(ours, task, length), right_of(ours, task, lengths[0])
+            far, near = scores_of(ours, task, length), scores_of(ours, task, lengths[0])
             found = difference(sum(far.values()), len(far), sum(near.values()), len(near))
             yield from _points(f"{task} at {length:,} tokens: within 5 points of {lengths[0]:,}", found, RULER_LOSS)
 
@@ -136,10 +136,10 @@ def seconds_of(rows: list[dict]) -> dict[tuple[str, int], float]:
     }
 
 
-def right_of(rows: list[dict], task: str, length: int) -> dict[tuple, bool]:
-    """Whether a prompt was answered in full, by task and seed; `all tasks` together, too."""
+def scores_of(rows: list[dict], task: str, length: int) -> dict[tuple, float]:
+    """RULER's score of each prompt, the share of its answers that was given, by task and seed; `all tasks`, too."""
     wanted = [row for row in rows if row["length"] == length and task in (row["task"], "all tasks")]
-    return {(row["task"], row["seed"]): bool(row["correct"]) for row in wanted}
+    return {(row["task"], row["seed"]): row["recall"] for row in wanted}
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -1,9 +1,11 @@
 """What was measured so far, as a page: `results.md`, tables for the documentation, with its pictures beside it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from eval_passkey.models import Subject, device_in_words, versions
+from eval_passkey.report import wilson_interval
 from examples.smollm2.goals import find_goals, read_jsonl, read_summary, seconds_of
 
 PICTURES = {"passkey/accuracy.png": "passkey.png", "ruler/accuracy.png": "ruler.png"}
@@ -68,22 +70,24 @@ def _perplexity_cell(entry: dict | None) -> str:
 
 
 def _pass_keys(folder: Path) -> list[str]:
-    return _prompts(folder / "passkey", "Pass keys, in the paper's wording")
+    return _prompts(folder / "passkey", "Pass keys, in the paper's wording", "Right of all (95 %), seconds a prompt.")
 
 
 def _ruler(folder: Path) -> list[str]:
-    return _prompts(folder / "ruler", "RULER's tasks, in RULER's wording")
+    note = "RULER's score: the share of the expected answers that was given (95 %); prompts, seconds a prompt."
+    return _prompts(folder / "ruler", "RULER's tasks, in RULER's wording", note, _score)
 
 
-def _prompts(folder: Path, title: str) -> list[str]:
+def _prompts(folder: Path, title: str, note: str, cell: Callable[[dict | None], str] | None = None) -> list[str]:
     sides = [
         {(entry["task"], entry["length"]): entry for entry in read_summary(path).get("rows", [])}
         for path in (folder, folder / "baseline")
     ]
     rows = [
-        [task, f"{length:,}", *(_accuracy(side.get((task, length))) for side in sides)] for task, length in sides[0]
+        [task, f"{length:,}", *((cell or _accuracy)(side.get((task, length))) for side in sides)]
+        for task, length in sides[0]
     ]
-    return _table(title, ["task", "tokens", "landmark", "dense"], rows, "Right of all (95 %), seconds a prompt.")
+    return _table(title, ["task", "tokens", "landmark", "dense"], rows, note)
 
 
 def _accuracy(entry: dict | None) -> str:
@@ -91,6 +95,14 @@ def _accuracy(entry: dict | None) -> str:
         return "not asked"
     interval = f"{100 * entry['ci_low']:.0f} to {100 * entry['ci_high']:.0f} %"
     return f"{entry['correct']} of {entry['samples']} ({interval}), {entry['seconds_per_prompt']:.1f} s"
+
+
+def _score(entry: dict | None) -> str:
+    if entry is None:
+        return "not asked"
+    low, high = wilson_interval(entry["recall"] * entry["samples"], entry["samples"])
+    share = f"{100 * entry['recall']:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{share}, {entry['samples']}, {entry['seconds_per_prompt']:.1f} s"
 
 
 def _short_tasks(folder: Path) -> list[str]:
