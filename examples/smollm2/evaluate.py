@@ -223,6 +223,7 @@ class Evaluation:
         direct = (config.retrieval().num_direct_blocks + 1) * block  # what a query reads without choosing
         chosen = direct + config.num_retrieved_blocks * block
         sinks = max(config.num_sink_blocks * block, 4)
+        windows = (f"window:{direct}", f"window_sinks:{direct}", f"window_sinks:{chosen - sinks}")
 
         def told(row: dict) -> None:
             perplexity = math.exp(row["nll"] / row["tokens"])
@@ -234,7 +235,7 @@ class Evaluation:
             eval_perplexity.run.main,
             *("--model", self.landmark.name, "--retrieval_granularity", "token_and_head", "--dtype", self.args.dtype),
             *("--baseline", self.dense.name, "--baseline_max_length", self.args.dense_longest, "--device", "cpu"),
-            *("--baseline_methods", "dense", "yarn", f"window:{direct}", f"window_sinks:{direct}", f"window:{chosen}"),
+            *("--baseline_methods", "dense", "yarn", *windows),
             *("--baseline_sinks", sinks, "--data", *self.data, "--documents", documents, "--protocol", "last"),
             *("--lengths", *lengths, "--gains_over", base, "--score_tokens", self.args.score_tokens),
             *("--tokens_per_document", max(lengths), "--output", self.output / "perplexity"),
