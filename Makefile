@@ -1,6 +1,7 @@
 # make demo    fine-tunes a tiny LLaMA with landmarks and finds pass keys in up to 32,768 tokens
 # make smollm2 a real chat model, SmolLM2-135M, reads 32,768 tokens beside its dense self (docs/smollm2.md)
 # make smollm2-train DATA="FILE FOLDER"   trains what `make smollm2` reads with, an hour on one CPU core
+# make smollm2-evaluate   measures it against what it must reach, for hours, in steps (docs/smollm2_evaluation.md)
 # make test    the whole test suite
 # make lint    ruff's checks, and the order of imports
 # make base    trains the dense model that the demo starts from (finetune/tiny_base), into runs/tiny_base_3_context
@@ -28,7 +29,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no
 # word for several processes on a machine, whether it has GPUs or not.)
 TWO_PROCESSES := --multi_gpu --num_processes 2
 
-.PHONY: demo smollm2 smollm2-train test lint base clean
+.PHONY: demo smollm2 smollm2-train smollm2-evaluate test lint base clean
 
 demo: $(DEMO)/metrics.json
 	$(BIN)/python eval_passkey/run.py --model $(DEMO) --baseline finetune/tiny_base \
@@ -47,6 +48,11 @@ smollm2: $(READY)
 smollm2-train: $(READY)
 	$(BIN)/python examples/smollm2/train.py --output $(SMOLLM2_OUTPUT)_train --data $(DATA) \
 		$(if $(SMOLLM2),--package $(SMOLLM2)) $(SMOLLM2_FLAGS)
+
+# MODEL=FOLDER of a landmark model of your own, DATA="FILES" of texts that it was not trained on
+smollm2-evaluate: $(READY)
+	$(BIN)/python examples/smollm2/evaluate.py --output $(SMOLLM2_OUTPUT) $(if $(SMOLLM2),--package $(SMOLLM2)) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(SMOLLM2_FLAGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

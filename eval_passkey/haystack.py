@@ -42,6 +42,27 @@ class Filler:
         return self._ids[first][:count]
 
 
+class Lines(Filler):
+    """The same sentences line after line, as RULER's noise: needles stand between two lines, none of which they cut.
+
+    The last line of all is wherever the length ends.
+    """
+
+    def describe(self) -> dict:
+        """The sentences, a line each."""
+        return {"lines": self.sentences}
+
+    def split(self, room: int, cuts: Sequence[float], rng: random.Random, first: bool) -> list[list[int]]:
+        """`room` tokens in `len(cuts) + 1` pieces, cut after whole lines near those shares."""
+        line = self.encoder.encode(self.joiner + self.sentences)
+        bounds = [0]
+        for cut in cuts:
+            bounds.append(max(bounds[-1], min(round(cut * room / len(line)), room // len(line))))
+        pieces = [line * (end - start) for start, end in zip(bounds, bounds[1:], strict=False)]
+        rest = room - bounds[-1] * len(line)
+        return [*pieces, (line * (rest // len(line) + 1))[:rest]]
+
+
 class TextHaystack:
     """A text, from a clause drawn for each prompt on; after its end it begins again.
 

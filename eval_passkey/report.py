@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import median
 
-_Z95 = 1.959964  # two-sided 95 % of the normal distribution
+Z95 = 1.959964  # two-sided 95 % of the normal distribution
 _TABLE_PHASES = 8  # columns of the table by phase
 
 
@@ -30,13 +30,13 @@ class Measured:
         return replace(self, rows=[row for row in self.rows if row["task"] == task])
 
 
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
+def wilson_interval(correct: float, samples: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of the accuracy `correct / samples`; (0, 1) without samples."""
     if samples == 0:
         return 0.0, 1.0
-    accuracy, squared = correct / samples, _Z95**2
+    accuracy, squared = correct / samples, Z95**2
     centre = accuracy + squared / (2 * samples)
-    spread = _Z95 * sqrt(accuracy * (1 - accuracy) / samples + squared / (4 * samples**2))
+    spread = Z95 * sqrt(accuracy * (1 - accuracy) / samples + squared / (4 * samples**2))
     scale = 1 + squared / samples
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from eval_passkey.prompts import InputError
@@ -21,6 +22,7 @@ class ResultsFolder:
         `summary.json` before the first row.
     tasks: by name, what rows of that task must share. A folder takes further tasks.
     fields: what every row has; a line without them is no row of these results.
+    on_row: an attribute; if set, it is called with each new row that was written.
     InputError if the folder cannot be written, holds rows of another identity, or a row in its middle is broken. A
     broken last row is what an interruption leaves: it is removed.
     """
@@ -35,6 +37,7 @@ class ResultsFolder:
         self.rows_path = folder / "results.jsonl"
         self.summary_path = folder / "summary.json"
         self.identity, self.tasks = identity, tasks or {}
+        self.on_row: Callable[[dict], None] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.rows = _read_rows(self.rows_path, fields)
@@ -61,6 +64,8 @@ class ResultsFolder:
                 f"{self.rows_path}: cannot be written ({error.strerror}); the rows so far are kept, run again to go on"
             ) from error
         self.rows.append(row)
+        if self.on_row is not None:
+            self.on_row(row)
 
     def write_summary(self, summary: dict) -> None:
         """Replaces `summary.json` in one step."""

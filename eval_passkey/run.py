@@ -14,6 +14,8 @@ tasks, lengths or samples can be added to a finished one. `docs/pass_key.md` say
 
 import gc
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -195,13 +197,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0, or 1 if the model had to skip a length."""
+def main(argv: list[str] | None = None, on_row: Callable[[Role, dict], None] | None = None) -> int:
+    """Runs the command; 0, or 1 if the model had to skip a length. `on_row` is given each row as it is measured."""
     args = Arguments(**vars(HfArgumentParser(Arguments).parse_args(argv)))
     subjects = find_subjects(args)
     period = find_period(subjects)
     runs = [PasskeyRun(args, role, subject, period) for role, subject in subjects.items()]
     for run in runs:
+        run.results.on_row = partial(on_row, run.role) if on_row else None
         run.run()
     models = [run.measured() for run in runs]
     print(table(models))

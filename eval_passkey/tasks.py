@@ -1,7 +1,8 @@
 """The tasks by the names that users type: `passkey`, `passkey:once`, `multi_key:16`, `variable_tracking:2:text`, ...
 
 A name is a kind, and after colons what may be said about it: a wording of the pass key (paper, twice, once, or a
-template file), how many needles or hops there are, and `text` for a haystack of the user's own texts.
+template file), how many needles or hops there are, and `text` for a haystack of the user's own texts. RULER's own tasks
+have RULER's names, which say all of that.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from eval_passkey.needles import NeedlesTask
 from eval_passkey.passkey import TEMPLATES, PasskeyTask, load_template
 from eval_passkey.prompts import Encoder, Haystack, InputError, Task
 from eval_passkey.records import KeyValueTask, LineRetrievalTask
+from eval_passkey.ruler import NIAH, TRACKING, make_ruler_task
 from eval_passkey.tracking import TrackingTask
 
-COUNTS = {"multi_key": 4, "multi_value": 4, "multi_query": 4, "variable_tracking": 4}  # RULER's own, the defaults
+# RULER's own, the defaults
+COUNTS = {"multi_key": 4, "multi_value": 4, "multi_query": 4, "variable_tracking": 4, TRACKING: 4}
 RECORDS = {"key_value": KeyValueTask, "line_retrieval": LineRetrievalTask}
-KINDS = ("passkey", *COUNTS, *RECORDS)
+RULER = (*NIAH, TRACKING)
+KINDS = ("passkey", *COUNTS, *RECORDS, *NIAH)
 TEXT = "text"
 
 
@@ -34,9 +38,11 @@ class TaskName:
         kind, *options = name.split(":")
         if kind not in KINDS:
             raise InputError(f"--task {name}: there is no {kind!r}; choose from {', '.join(KINDS)}")
-        text = TEXT in options
+        if kind in RULER and TEXT in options:
+            raise InputError(f"--task {name}: whether {kind} has a text is RULER's own; leave {TEXT!r} out")
+        text = TEXT in options or kind in NIAH and NIAH[kind].text
         options = [option for option in options if option != TEXT]
-        if len(options) > (kind not in RECORDS):
+        if len(options) > (kind not in (*RECORDS, *NIAH)):
             raise InputError(f"--task {name}: {':'.join(options)!r} says more than a task takes; see docs/pass_key.md")
         if kind == "passkey":
             wording = options[0] if options else ""
@@ -45,7 +51,7 @@ class TaskName:
                     f"--task {name}: wording {wording!r} is neither {', '.join(TEMPLATES)} nor a .json file"
                 )
             return cls(kind, "" if wording == "paper" else wording, text=text)
-        if kind in RECORDS:
+        if kind in RECORDS or kind in NIAH:
             return cls(kind, text=text)
         count = options[0] if options else str(COUNTS[kind])
         if not count.isdecimal() or int(count) < 1:
@@ -53,7 +59,7 @@ class TaskName:
         return cls(kind, count=int(count), text=text)
 
     def __str__(self) -> str:
-        options = [self.wording, str(self.count or ""), TEXT if self.text else ""]
+        options = [self.wording, str(self.count or ""), TEXT if self.text and self.kind not in NIAH else ""]
         return ":".join([self.kind, *(option for option in options if option)])
 
 
@@ -76,7 +82,10 @@ def make_task(
     if name.kind == "passkey":
         path = TEMPLATES.get(name.wording, name.wording) if name.wording else template or TEMPLATES["paper"]
         return PasskeyTask(str(name), encoder, load_template(path), text)
-    stack: Haystack = text or Filler(encoder, load_template().filler)  # which RULER's noise is, too
+    noise = load_template().filler  # which RULER's is, too
+    if name.kind in RULER:
+        return make_ruler_task(str(name), encoder, text, noise, hops=name.count)
+    stack: Haystack = text or Filler(encoder, noise)
     if name.kind in RECORDS:
         return RECORDS[name.kind](str(name), encoder, stack)
     if name.kind == "variable_tracking":

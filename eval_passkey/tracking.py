@@ -36,12 +36,13 @@ class TrackingTask(Task):
         if depth is not None:
             places = [depth, *(depth + (1 - depth) * place for place in places[1:])]
         parts: list[str | None] = [_example(wording, others, example) + "\n\n" + wording["opening"], None]
-        for link in _links(wording, names, shown):
+        for link in links(wording, names, shown):
             parts += [link, None]
         return Hidden(parts, *_question(wording, names, shown), answers=tuple(names), cuts=places, before=1)
 
 
-def _links(wording: dict, names: list[str], value: str) -> list[str]:
+def links(wording: dict, names: list[str], value: str) -> list[str]:
+    """The sentences of a chain, in the words of `first` and `hop`."""
     hops = [wording["hop"].format(name=name, before=before) for before, name in zip(names, names[1:], strict=False)]
     return [wording["first"].format(name=names[0], value=value), *hops]
 
@@ -54,5 +55,5 @@ def _question(wording: dict, names: list[str], value: str) -> tuple[str, str]:
 def _example(wording: dict, names: list[str], value: str) -> str:
     """The whole task with another chain and no haystack, and its answer."""
     question, answer_start = _question(wording, names, value)
-    lines = [wording["opening"], *_links(wording, names, value), f"{question} {answer_start} {', '.join(names)}"]
+    lines = [wording["opening"], *links(wording, names, value), f"{question} {answer_start} {', '.join(names)}"]
     return "\n".join(lines)

@@ -4,7 +4,8 @@
                all of its tokens are scored. With a stride, windows of that length move on by the stride, and only the
                tokens that no earlier window scored are scored.
     last       a document is cut into stretches of the greatest length. Of each, the last N tokens are scored, after as
-               many tokens before them as each length leaves: the same tokens at every length.
+               many tokens before them as each length leaves: the same tokens at every length. Where N exceeds a
+               length, windows that move on by half of it score them, so that each has at least as many before it.
 
 A window of length L holds L tokens of text. The token in front of them is BOS where the tokenizer begins its texts with
 one, otherwise the text's own token there; it is read and never scored. So L tokens are read (the window's last one is
@@ -111,11 +112,21 @@ class Protocol:
         end = first + tokens // longest * longest
         if self.name == "last":
             for stop in range(first + longest, end + 1, longest):
-                yield Window(document, length, stop, self.score_tokens)
+                yield from self._last_tokens(document, length, stop)
             return
         stride = self.stride or length
         for stop in range(first + length, end + 1, stride):
             yield Window(document, length, stop, length if stop == first + length else stride)
+
+    def _last_tokens(self, document: Document, length: int, stop: int) -> Iterator[Window]:
+        """Windows that score the tokens before `stop`, and no token twice."""
+        if self.score_tokens <= length:
+            yield Window(document, length, stop, self.score_tokens)
+            return
+        step = -(-length // 2)
+        for start in range(stop - self.score_tokens, stop, step):
+            end = min(start + step, stop)
+            yield Window(document, length, end, end - start)
 
 
 def encode(tokenizer, text: str) -> tuple[torch.Tensor, np.ndarray]:

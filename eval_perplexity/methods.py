@@ -3,6 +3,7 @@
 landmark        a landmark model, with the choice of blocks made for each token by itself
 dense           every token sees all tokens before it, at positions as they come
 window          every token sees the last W tokens, itself included, in each layer (as in Mistral)
+window_sinks    the first tokens of the text, too, which stay right before the window (as in StreamingLLM)
 interpolation   dense, positions divided by a factor (linear RoPE scaling)
 ntk             dense, RoPE's base raised so that its slowest frequency is divided by the factor (NTK-aware)
 yarn            dense, transformers' YaRN
@@ -20,10 +21,12 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from eval_passkey.models import Subject, load_model
 from eval_passkey.prompts import InputError
+from eval_perplexity.windows import SINK_PIECE, SinkWindowLayer, window_mask
 from landmark_llama import LandmarkCache
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage
 
-DENSE_METHODS = ("dense", "window", "interpolation", "ntk", "yarn")
+DENSE_METHODS = ("dense", "window", "window_sinks", "interpolation", "ntk", "yarn")
+WINDOWS = ("window", "window_sinks")
 SCALED = ("interpolation", "ntk", "yarn")
 PIECE = 1024  # tokens whose logits are held at once, and that a dense model reads at once
 
@@ -34,7 +37,8 @@ class Method:
 
     Args:
         name: `landmark` or one of `DENSE_METHODS`.
-        window: tokens seen, of `window`.
+        window: tokens seen, of `WINDOWS`.
+        sinks: tokens at the beginning that are seen as well, of `window_sinks`.
         factor: of `SCALED`; None: length over trained positions, at least 1, for each length.
         always_stream: of `landmark`: read through the cache what fits the trained window, too.
     """
@@ -43,11 +47,13 @@ class Method:
     window: int | None = None
     factor: float | None = None
     always_stream: bool = False
+    sinks: int = 0
 
     @property
     def settings(self) -> dict:
         """What distinguishes its rows from those of the same method with other settings."""
-        return {"method": self.name, "window": self.window, "factor": self.factor, "always_stream": self.always_stream}
+        settings = {"method": self.name, "window": self.window, "factor": self.factor}
+        return settings | {"always_stream": self.always_stream} | ({"sinks": self.sinks} if self.sinks else {})
 
     def check(self, option: str, subject: Subject) -> None:
         """Raises InputError, naming `option`, if the subject cannot be read in this way."""
@@ -62,11 +68,14 @@ class Method:
             return
         if self.always_stream:
             raise InputError(f"{where}: --always_stream needs a landmark model")
-        if self.name in SCALED:
+        if self.name == "window_sinks" and 0 in (getattr(subject.config, "no_rope_layers", None) or ()):
+            raise InputError(f"{where}: {self.name} moves sinks by rotary positions, which not all layers have")
+        if self.name in (*SCALED, "window_sinks"):
             rope = getattr(subject.config, "rope_parameters", None) or {}
             if rope.get("rope_type") != "default" or not subject.training_context:
+                does = "scales" if self.name in SCALED else "moves"
                 raise InputError(
-                    f"{where}: {self.name} scales plain rotary positions, and this model has "
+                    f"{where}: {self.name} {does} plain rotary positions, and this model has "
                     f"{rope.get('rope_type', 'none')!r}"
                 )
 
@@ -127,7 +136,7 @@ class Scorer:
             if self.method.always_stream or self.storage is not None and longer:
                 cache = LandmarkCache(config, storage=self.storage or DeviceStorage)
             return nll_of_landmark_model(model, input_ids, scored, cache)
-        return nll_of_dense_model(model, input_ids, scored, self.method.window)
+        return nll_of_dense_model(model, input_ids, scored, self.method.window, self.method.sinks)
 
     def prepare(self, length: int) -> PreTrainedModel:
         """The model as it reads windows of this length; InputError if it cannot be loaded."""
@@ -157,22 +166,22 @@ def nll_of_landmark_model(
     return sum(_nll(head(piece)[..., :tokens], target) for piece, target in pieces)
 
 
-def nll_of_dense_model(model: PreTrainedModel, input_ids: Tensor, scored: int, window: int | None = None) -> float:
+def nll_of_dense_model(
+    model: PreTrainedModel, input_ids: Tensor, scored: int, window: int | None = None, sinks: int = 0
+) -> float:
     """Loss of the last `scored` tokens of `input_ids` (1, length + 1), read in pieces through a cache.
 
     window: tokens that a token sees in each layer, itself included; None: all before it.
+    sinks: with a window, tokens at the beginning that it sees as well.
     """
     text, target = input_ids[:, :-1], input_ids[:, 1:]
-    if window is None:
-        cache = DynamicCache(config=model.config)
-    else:
-        cache = Cache(layers=[DynamicSlidingWindowLayer(window) for _ in range(model.config.num_hidden_layers)])
+    cache, size = _cache(model, window, sinks), min(PIECE, SINK_PIECE) if sinks else PIECE
     total, unscored = 0.0, text.shape[1] - scored
-    for start in range(0, text.shape[1], PIECE):
-        piece = text[:, start : start + PIECE]
+    for start in range(0, text.shape[1], size):
+        piece = text[:, start : start + size]
         stop = start + piece.shape[1]
         kept = min(piece.shape[1], max(stop - unscored, 0))
-        mask = None if window is None else _window_mask(start, stop, window, model.dtype, text.device)
+        mask = None if window is None else window_mask(start, stop, window, model.dtype, text.device, sinks)
         output = model(
             input_ids=piece, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=max(kept, 1)
         )
@@ -181,13 +190,14 @@ def nll_of_dense_model(model: PreTrainedModel, input_ids: Tensor, scored: int, w
     return total
 
 
-def _window_mask(start: int, stop: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, 1, queries, keys), added to scores: queries `start..stop-1`, keys from the first that one of them sees."""
-    query = torch.arange(start, stop, device=device).unsqueeze(1)
-    key = torch.arange(max(0, start - window + 1), stop, device=device)
-    hidden = (key > query) | (key <= query - window)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-    return mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+def _cache(model: PreTrainedModel, window: int | None, sinks: int) -> Cache:
+    layers = range(model.config.num_hidden_layers)
+    if window is None:
+        return DynamicCache(config=model.config)
+    if not sinks:
+        return Cache(layers=[DynamicSlidingWindowLayer(window) for _ in layers])
+    frequencies = model.get_decoder().rotary_emb.inv_freq
+    return Cache(layers=[SinkWindowLayer(window, sinks, frequencies) for _ in layers])
 
 
 def _nll(logits: Tensor, target: Tensor) -> float:

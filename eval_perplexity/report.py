@@ -110,18 +110,16 @@ def compare_methods(measured: Sequence[Measured], seed: int) -> list[dict]:
     ]
 
 
-def compare_lengths(measured: Sequence[Measured], seed: int) -> list[dict]:
-    """Each longer context of a method against its shortest one."""
-    return [
-        {
-            "length": length,
-            "method": one.label,
-            "against": one.lengths()[0],
-            **perplexity_ratio(one.documents(length), one.documents(one.lengths()[0]), seed),
-        }
-        for one in measured
-        for length in one.lengths()[1:]
-    ]
+def compare_lengths(measured: Sequence[Measured], seed: int, base: int | None = None) -> list[dict]:
+    """Each other context of a method against the one of `base` tokens; None: its shortest one."""
+    gains = []
+    for one in measured:
+        against = one.lengths()[0] if base is None else base
+        for length in one.lengths() if against in one.lengths() else []:
+            if length != against:
+                ratio = perplexity_ratio(one.documents(length), one.documents(against), seed)
+                gains.append({"length": length, "method": one.label, "against": against, **ratio})
+    return gains
 
 
 def table(summary: Sequence[dict], differences: Sequence[dict] = (), gains: Sequence[dict] = ()) -> str:
@@ -133,7 +131,9 @@ def table(summary: Sequence[dict], differences: Sequence[dict] = (), gains: Sequ
     if differences:
         head += f" | {differences[0]['method'] + ' / this':>22}"
     if gains:
-        head += f" | {'this / shortest':>22}"
+        shortest = min(entry["length"] for entry in summary)
+        base = {entry["against"] for entry in gains}
+        head += f" | {'this / shortest' if base == {shortest} else f'this / {max(base)} tokens':>22}"
     lines = [head, "-" * len(head)]
     for entry in sorted(summary, key=lambda entry: entry["length"]):
         key = entry["method"], entry["length"]

@@ -14,7 +14,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from eval_passkey.prompts import InputError
 from eval_passkey.results import ResultsFolder
 from eval_passkey.run import is_out_of_memory
 from eval_perplexity.documents import Document, Protocol, Window, beginning_of_text, encode, read_documents
-from eval_perplexity.methods import DENSE_METHODS, SCALED, Method, Scorer
+from eval_perplexity.methods import DENSE_METHODS, SCALED, WINDOWS, Method, Scorer
 from eval_perplexity.report import Measured, compare_lengths, compare_methods, plot_perplexity, summarise, table
 from landmark_llama.configuration import RETRIEVAL_SETTINGS
 from landmark_llama.reading.tiers import TierError
@@ -49,15 +49,21 @@ class Arguments(ReadingArguments):
     baseline: str | None = field(default=None, metadata={"help": "A second model, shown beside the first."})
     baseline_methods: list[str] = field(
         default_factory=list,
-        metadata={"help": f"How a dense baseline reads: {', '.join(DENSE_METHODS)}; default dense."},
+        metadata={
+            "help": f"How a dense baseline reads: {', '.join(DENSE_METHODS)}; default dense. window:N and "
+            "window_sinks:N have a window of their own."
+        },
     )
     baseline_window: int | None = field(
-        default=None, metadata={"help": "Tokens that `window` sees; default: as many as the baseline's positions."}
+        default=None, metadata={"help": "Tokens that a window sees; default: as many as the baseline's positions."}
+    )
+    baseline_sinks: int = field(
+        default=4, metadata={"help": "Tokens at the beginning that `window_sinks` sees beside its window."}
     )
     baseline_max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Lengths above this are not read by the baseline, but for `window`, which is no slower there."
+            "help": "Lengths above this are not read by the baseline, but by windows, which are no slower there."
         },
     )
     rope_factor: float | None = field(
@@ -75,6 +81,9 @@ class Arguments(ReadingArguments):
     )
     score_tokens: int | None = field(
         default=None, metadata={"help": "last: how many are scored; default: half of the shortest length."}
+    )
+    gains_over: int | None = field(
+        default=None, metadata={"help": "last: the length that others are compared with; default: the shortest."}
     )
     documents: int = field(default=20, metadata={"help": "The first so many that are long enough."})
     tokens_per_document: int | None = field(default=None, metadata={"help": "At most; default: the whole document."})
@@ -106,11 +115,16 @@ class Arguments(ReadingArguments):
             raise InputError(f"--stride {self.stride}: belongs to --protocol segments")
         if self.score_tokens is not None and self.protocol != "last":
             raise InputError(f"--score_tokens {self.score_tokens}: belongs to --protocol last")
-        for name in ("stride", "score_tokens"):
-            if (getattr(self, name) or 0) > shortest:
-                raise InputError(
-                    f"--{name} {getattr(self, name)}: must not exceed the shortest of --lengths, {shortest}"
-                )
+        if self.gains_over is not None and (self.protocol != "last" or self.gains_over not in self.lengths):
+            raise InputError(f"--gains_over {self.gains_over}: must be one of --lengths, with --protocol last")
+        if (self.stride or 0) > shortest:
+            raise InputError(f"--stride {self.stride}: must not exceed the shortest of --lengths, {shortest}")
+        most = max(shortest, longest // 2)
+        if (self.score_tokens or 0) > most:
+            raise InputError(
+                f"--score_tokens {self.score_tokens}: must not exceed {most}, the shortest of --lengths or half of the "
+                "longest"
+            )
         if self.tokens_per_document is not None and self.tokens_per_document < longest:
             raise InputError(
                 f"--tokens_per_document {self.tokens_per_document}: is less than the longest of --lengths, {longest}"
@@ -119,15 +133,15 @@ class Arguments(ReadingArguments):
             self.score_tokens = max(1, shortest // 2)
 
     def _check_baseline(self) -> None:
-        methods = self.baseline_methods
-        for name in methods:
-            if name not in DENSE_METHODS:
-                raise InputError(f"--baseline_methods {name}: must be one of {', '.join(DENSE_METHODS)}")
+        methods = [_named(method)[0] for method in self.baseline_methods]
+        without = [method for method in self.baseline_methods if method in WINDOWS]
         for name in ("baseline_methods", "baseline_window", "baseline_max_length", "rope_factor"):
             if getattr(self, name) not in (None, []) and self.baseline is None:
                 raise InputError(f"--{name}: needs a --baseline")
-        if self.baseline_window is not None and "window" not in methods:
+        if self.baseline_window is not None and not without:
             raise InputError(f"--baseline_window {self.baseline_window}: needs --baseline_methods window")
+        if self.baseline_sinks < 1:
+            raise InputError(f"--baseline_sinks {self.baseline_sinks}: must be at least 1")
         if self.baseline_window is not None and self.baseline_window < 2:
             raise InputError(f"--baseline_window {self.baseline_window}: must be at least 2")
         if self.rope_factor is not None and not set(methods) & set(SCALED):
@@ -151,11 +165,12 @@ class MethodRun:
         self.args, self.role, self.subject, self.label = args, role, subject, label
         storage = args.storage(subject) if role == "model" else None
         self.scorer = Scorer(f"--{role}", subject, method, args.dtype, args.device, storage)
-        limited = role == "baseline" and method.name != "window" and args.baseline_max_length is not None
+        limited = role == "baseline" and method.name not in WINDOWS and args.baseline_max_length is not None
         self.longest = args.baseline_max_length if limited else math.inf
         self.skipped: list[dict] = []
         settings = {**method.settings, "dtype": args.dtype, "retrieval": subject.retrieval_settings}
-        folder = Path(args.output) if role == "model" else Path(args.output) / "baseline" / method.name
+        name = label.removeprefix("baseline ").replace(":", "_")
+        folder = Path(args.output) if role == "model" else Path(args.output) / "baseline" / name
         self.results = ResultsFolder(folder, {"fingerprint": subject.fingerprint, "settings": settings}, fields=ROW)
         self.windows: list[Window] = []
 
@@ -257,17 +272,33 @@ def plan(args: Arguments) -> list[MethodRun]:
     if baseline.is_landmark and args.baseline_methods:
         raise InputError(f"--baseline {args.baseline}: --baseline_methods needs a dense model, this one has landmarks")
     for chosen in dict.fromkeys(args.baseline_methods or ["landmark" if baseline.is_landmark else "dense"]):
-        label = f"baseline {chosen}" if chosen == name else chosen
+        label = f"baseline {chosen}" if chosen == name else chosen  # which names its folder, too
         runs.append(MethodRun(args, "baseline", baseline, _baseline_method(args, baseline, chosen), label))
     return runs
 
 
-def _baseline_method(args: Arguments, subject: Subject, name: str) -> Method:
-    window = args.baseline_window or subject.training_context
-    if name == "window" and not window:
+def _baseline_method(args: Arguments, subject: Subject, chosen: str) -> Method:
+    if chosen == "landmark":
+        return Method(chosen, always_stream=args.always_stream)
+    name, window = _named(chosen)
+    if name not in WINDOWS:
+        return Method(name, factor=args.rope_factor if name in SCALED else None)
+    window = window or args.baseline_window or subject.training_context
+    if not window:
         raise InputError(f"--baseline {subject.name}: says nothing of its positions; give --baseline_window")
-    streamed = name == "landmark" and args.always_stream
-    return Method(name, window if name == "window" else None, args.rope_factor if name in SCALED else None, streamed)
+    return Method(name, window, sinks=args.baseline_sinks if name == "window_sinks" else 0)
+
+
+def _named(method: str) -> tuple[str, int | None]:
+    """A method of the command line and its window: `window:512` is ("window", 512). InputError if there is none."""
+    name, colon, number = method.partition(":")
+    if name not in DENSE_METHODS:
+        raise InputError(f"--baseline_methods {method}: must be one of {', '.join(DENSE_METHODS)}")
+    if not colon:
+        return name, None
+    if name not in WINDOWS or not number.isdecimal() or int(number) < 2:
+        raise InputError(f"--baseline_methods {method}: a whole number from 2 may stand behind {' and '.join(WINDOWS)}")
+    return name, int(number)
 
 
 def refuse_other_tokens(subject: Subject, documents: Sequence[Document]) -> None:
@@ -286,8 +317,8 @@ def _key(row: dict) -> tuple[str, int, int, int]:
     return row["digest"], row["length"], row["end"], row["tokens"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0, or 1 if the model had to skip a length."""
+def main(argv: list[str] | None = None, on_row: Callable[[dict], None] | None = None) -> int:
+    """Runs the command; 0, or 1 if the model had to skip a length. `on_row` is given each row as it is measured."""
     args = Arguments(**vars(HfArgumentParser(Arguments).parse_args(argv)))
     runs = plan(args)
     documents = read_documents(args.data, runs[0].subject.tokenizer, args.lengths[-1], args.documents)
@@ -296,12 +327,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()  # no warning about texts beyond the training context: they are the point
     logging.disable_progress_bar()  # of loading weights, inside the run's own
     for run in runs:
+        run.results.on_row = on_row
         run.run(documents)
         run.write_summary()
     measured = [one for one in (run.measured() for run in runs) if one.rows]
     summary = [entry for one in measured for entry in summarise(one, args.seed)]
     differences = compare_methods(measured, args.seed) if runs[0].measured().rows else []
-    gains = compare_lengths(measured, args.seed) if args.protocol == "last" else []
+    gains = compare_lengths(measured, args.seed, args.gains_over) if args.protocol == "last" else []
     skipped = [skip for run in runs for skip in run.skipped]
     runs[0].write_summary(rows=summary, differences=differences, context_gains=gains, skipped=skipped)
     paths = [path for run in runs for path in (run.results.rows_path, run.results.summary_path)]

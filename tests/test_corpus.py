@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from eval_passkey import ruler
 from eval_passkey.names import is_benchmark_key, pool
 from eval_passkey.passkey import PARTS, TEMPLATES, load_template
 from finetune.demo.corpus import make_corpus, prose_documents, write_corpus
@@ -68,6 +69,16 @@ def test_no_four_words_in_a_row_of_the_other_tasks_occur_in_the_training_text(
     assert len(texts) > 12
     for wording in texts:
         assert not runs_of_four_words(wording) & known_runs, wording
+
+
+@pytest.mark.parametrize("kind", ["niah", "tracking"])
+def test_no_phrase_of_rulers_tasks_occurs_in_the_training_text(kind: str, text: str) -> None:
+    known = " ".join(words_of(text))  # "one of the special" is in it, by chance
+    phrases = [phrase for sentence in ruler.wording(kind).values() for phrase in re.split(r"{\w+}", sentence)]
+    long = [phrase for phrase in phrases if len(words_of(phrase)) > 4]
+    assert len(long) >= 4
+    for phrase in long:
+        assert " ".join(words_of(phrase)) not in known
 
 
 def test_no_name_of_the_other_tasks_occurs_in_the_training_text(text: str) -> None:

@@ -16,6 +16,7 @@ from eval_passkey.tasks import KINDS, TaskName, make_task
 NAMES = [
     "passkey", "passkey:once", "passkey:twice", "passkey:text", "multi_key:4", "multi_key:16", "multi_value:4",
     "multi_query:3:text", "variable_tracking:2", "variable_tracking:4:text", "key_value", "line_retrieval",
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "ruler_vt:2",
 ]  # fmt: skip
 BOOK = "The grey heron waits, patient as ever; no fish comes. Was it always so? Nobody can tell!\n\n  Later it flew. "
 CHAT = (
@@ -197,6 +198,7 @@ def test_names_never_run_out_and_are_never_said_twice():
         ("passkey", "passkey"), ("passkey:paper", "passkey"), ("passkey:once:text", "passkey:once:text"),
         ("passkey:text:once", "passkey:once:text"), ("multi_key", "multi_key:4"), ("multi_key:016", "multi_key:16"),
         ("variable_tracking", "variable_tracking:4"), ("key_value:text", "key_value:text"),
+        ("niah_single_2", "niah_single_2"), ("ruler_vt", "ruler_vt:4"), ("ruler_vt:02", "ruler_vt:2"),
     ],
 )  # fmt: skip
 def test_a_task_has_one_name(given, name):
@@ -212,6 +214,8 @@ def test_a_task_has_one_name(given, name):
         ("multi_key:many", "'many' must be a whole number from 1"),
         ("multi_key:4:16", "'4:16' says more than a task takes"),
         ("key_value:4", "'4' says more than a task takes"),
+        ("niah_single_1:4", "'4' says more than a task takes"),
+        ("ruler_vt:2:text", "whether ruler_vt has a text is RULER's own; leave 'text' out"),
     ],
 )
 def test_what_is_no_task_is_refused_with_the_choices(given, message):

@@ -93,6 +93,20 @@ def test_the_last_tokens_are_the_same_at_every_length():
         assert [window.input_ids.shape[1] for window in windows] == [13, 21, 41]
 
 
+@pytest.mark.parametrize("score_tokens", [13, 20])
+def test_more_tokens_than_a_length_are_scored_by_windows_of_that_length(score_tokens):
+    texts = [document(95, name="a"), document(81, None, name="b")]
+    protocol = Protocol("last", (6, 9, 40), score_tokens=score_tokens)
+    wanted = [(window.document.name, token) for window in protocol.windows(texts, 40) for token in scored(window)]
+    assert len(wanted) == 4 * score_tokens
+    for length in (6, 9):
+        windows = protocol.windows(texts, length)
+        assert [(window.document.name, token) for window in windows for token in scored(window)] == wanted
+        assert all(window.input_ids.shape == (1, length + 1) for window in windows)
+        assert all(window.length - window.scored >= length // 2 for window in windows)  # tokens before each one
+        assert sum(window.bytes for window in windows) == 2 * len(wanted)
+
+
 def test_no_more_of_a_document_is_measured_than_was_asked_for():
     windows = Protocol("segments", (10, 20), tokens_per_document=45).windows([document(200)], 10)
     assert [window.end for window in windows] == [10, 20, 30, 40]

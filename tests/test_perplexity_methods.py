@@ -136,6 +136,58 @@ def test_a_window_as_long_as_the_text_is_dense(dense):
         assert_as_accurate(loss(nll_of_dense_model, exact, ids, 40, window), plain.float(), reference)
 
 
+@pytest.mark.parametrize(("window", "sinks", "length"), [(5, 3, 40), (16, 1, 70), (9, 4, 13), (2, 8, 21)])
+def test_sinks_stand_right_before_the_window_as_if_nothing_were_between(window, sinks, length, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "PIECE", 1)
+    # in one layer a token's output depends on what it sees alone: the first tokens and the last, one after the other
+    model = LlamaForCausalLM.from_pretrained(save_dense(tmp_path), num_hidden_layers=1)
+    exact, ids = copy.deepcopy(model).double(), some_ids(1, length + 1)
+
+    def of_what_is_seen(model) -> torch.Tensor:
+        first, last = ids[:, :sinks], ids[:, max(sinks, length - window) : length]
+        seen = torch.cat([first, last, ids[:, -1:]], dim=1)
+        return by_hand(logits_of(model, seen), seen, 1)
+
+    reference, plain = of_what_is_seen(exact), of_what_is_seen(model)
+    assert_as_accurate(loss(nll_of_dense_model, exact, ids, 1, window, sinks), plain.float(), reference)
+    assert reference != pytest.approx(loss(nll_of_dense_model, exact, ids, 1, window), rel=1e-4) or length < window
+
+
+@pytest.mark.parametrize("piece", [3, 7, 1024])
+def test_sinks_are_seen_beside_the_window_in_every_layer(piece, dense, monkeypatch):
+    monkeypatch.setattr(methods, "PIECE", piece)
+    model, ids, window, sinks = LlamaForCausalLM.from_pretrained(dense), some_ids(1, 41), 6, 4
+    query, key = torch.arange(40).unsqueeze(1), torch.arange(40)
+    seen = (key <= query) & ((key > query - window) | (key < sinks))
+
+    def masked(model) -> torch.Tensor:
+        mask = torch.zeros(1, 1, 40, 40, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+        return by_hand(logits_of(model, ids, attention_mask=mask), ids, scored)
+
+    scored = 40
+    exact = copy.deepcopy(model).double()
+    if piece == 1024:  # sinks are where they are while the first piece is read
+        reference, plain = masked(exact), masked(model)
+        assert_as_accurate(loss(nll_of_dense_model, exact, ids, scored, window, sinks), plain.float(), reference)
+    else:  # another place of theirs, and the same tokens: the loss of no token changes with one that it does not see
+        one, other = ids.clone(), ids.clone()
+        other[0, 10] = (ids[0, 10] + 1) % 250 + 2
+        losses = [loss(nll_of_dense_model, exact, x, 40 - 10 - 2 * window, window, sinks) for x in (one, other)]
+        torch.testing.assert_close(*losses)  # two layers reach back two windows
+        changed = ids.clone()
+        changed[0, 1] = (ids[0, 1] + 1) % 250 + 2
+        assert loss(nll_of_dense_model, exact, changed, 3, window, sinks) != pytest.approx(
+            loss(nll_of_dense_model, exact, ids, 3, window, sinks), rel=1e-6
+        )
+
+
+def test_a_window_with_sinks_as_long_as_the_text_is_dense(dense):
+    model, ids = LlamaForCausalLM.from_pretrained(dense), some_ids(1, 41)
+    exact = copy.deepcopy(model).double()
+    plain, reference = (loss(nll_of_dense_model, x, ids, 40) for x in (model, exact))
+    assert_as_accurate(loss(nll_of_dense_model, exact, ids, 40, 36, 4), plain.float(), reference)
+
+
 def scored_by(method: Method, folder: Path, ids: torch.Tensor, dtype: str = "auto") -> torch.Tensor:
     scorer = Scorer("--baseline", find_subject("--baseline", str(folder), {}), method, dtype, "cpu")
     return loss(scorer.nll, ids, 30)

@@ -95,6 +95,18 @@ def test_a_run_writes_rows_summaries_and_a_picture(landmark, dense, data, tmp_pa
     assert "landmark / this" in printed and "bits/byte" in printed
 
 
+def test_windows_of_several_sizes_stand_beside_each_other(dense, data, tmp_path):
+    windows = ["window:16", "window_sinks:16", "window_sinks:160", "window"]
+    baseline = ("--baseline", str(dense), "--baseline_methods", *windows, "--baseline_window", "40")
+    command(dense, data, tmp_path, "--lengths", "160", *baseline)
+    of = {entry["method"]: entry["perplexity"] for entry in summary_of(tmp_path)["rows"]}
+    assert list(of) == ["dense", *windows] and len({round(value, 4) for value in of.values()}) == 4
+    assert of["window_sinks:160"] == pytest.approx(of["dense"], rel=1e-5)
+    settings = summary_of(tmp_path / "baseline" / "window_sinks_16")["settings"]
+    assert (settings["window"], settings["sinks"]) == (16, 4)
+    assert "sinks" not in summary_of(tmp_path / "baseline" / "window_16")["settings"]
+
+
 def test_methods_read_what_they_say(dense, data, tmp_path):
     methods = ("--baseline", str(dense), "--baseline_methods", "dense", "window", "interpolation")
     command(dense, data, tmp_path, "--lengths", "40", "160", *methods)
@@ -277,7 +289,17 @@ def test_another_landmark_model_can_be_the_baseline(landmark, dense, data, tmp_p
         (["--stride", "41", "--lengths", "40"], "^--stride 41: must not exceed the shortest of --lengths, 40"),
         (["--stride", "4", "--protocol", "last"], "^--stride 4: belongs to --protocol segments"),
         (["--score_tokens", "4"], "^--score_tokens 4: belongs to --protocol last"),
-        (["--protocol", "last", "--score_tokens", "600"], "^--score_tokens 600: must not exceed the shortest"),
+        (["--protocol", "last", "--score_tokens", "4097"], "^--score_tokens 4097: must not exceed 4096, the shortest"),
+        (
+            ["--protocol", "last", "--lengths", "9", "10", "--score_tokens", "10"],
+            "^--score_tokens 10: must not exceed 9",
+        ),
+        (
+            ["--baseline", "x", "--baseline_methods", "dense:4"],
+            "^--baseline_methods dense:4: a whole number from 2 may",
+        ),
+        (["--baseline", "x", "--baseline_methods", "window:1"], "^--baseline_methods window:1: a whole number from 2"),
+        (["--baseline", "x", "--baseline_sinks", "0"], "^--baseline_sinks 0: must be at least 1"),
         (["--tokens_per_document", "99"], "^--tokens_per_document 99: is less than the longest of --lengths, 8192"),
         (["--lengths", "4096"], "^--data .*: none of 6 documents has 4096 tokens to score, the longest has"),
         (["--data", "nowhere.txt"], "^--data nowhere.txt: there is no such file or folder"),

@@ -115,7 +115,7 @@ class Steps:
         _call(
             eval_perplexity.run.main,
             *("--model", self.landmark, "--retrieval_granularity", "token_and_head", "--dtype", self.args.dtype),
-            *("--data", *(self.args.data or [self.text()])),
+            *("--data", *(self.args.data or [python_documentation(self.output)])),
             *("--baseline", self.dense, "--baseline_methods", *self.args.methods),
             *("--baseline_max_length", self.args.dense_longest),
             *(("--baseline_window", window) if "window" in self.args.methods else ()),
@@ -123,20 +123,12 @@ class Steps:
             *("--tokens_per_document", self.args.stretches * max(lengths), "--output", self.output / "perplexity"),
         )
 
-    def text(self) -> Path:
-        """A file of the documentation that comes with Python."""
-        path = self.output / "python_documentation.txt"
-        if not path.is_file():
-            topics = pydoc_data.topics.topics
-            path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-        return path
-
     def question(self) -> None:
         """A question, asked of a document in the chat template."""
         path = self.output / "question.json"
         if path.is_file():
             return
-        source = Path(self.args.data[0]) if self.args.data else self.text()
+        source = Path(self.args.data[0]) if self.args.data else python_documentation(self.output)
         text, found = source.read_text(encoding="utf-8"), {}
         for name, folder in (("landmark", self.landmark), ("dense", self.dense)):
             subject = find_subject("--model", str(folder), {})
@@ -150,6 +142,16 @@ class Steps:
         path = write_report(self.output)
         print(path.read_text(encoding="utf-8"))
         print(path)
+
+
+def python_documentation(folder: Path) -> Path:
+    """A file, in `folder`, of the documentation that comes with Python."""
+    path = folder / "python_documentation.txt"
+    if not path.is_file():
+        topics = pydoc_data.topics.topics
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
 
 
 def with_note(tokenizer: AutoTokenizer, text: str, tokens: int) -> str:
