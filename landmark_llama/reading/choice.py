@@ -20,7 +20,6 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.highest import (
-    TILE_QUERIES,
     Highest,
     Sharing,
     highest_of_many,
@@ -124,8 +123,7 @@ def choose_blocks(
         recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
     k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
-    queries = rotated.shape[4]
-    if granularity == "head" and queries == 1:
+    if granularity == "head" and rotated.shape[4] == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
     fewest, highest, sinks = int(candidates.min()) - k, None, num_sink_blocks
@@ -142,17 +140,12 @@ def choose_blocks(
             found = {"key": key, "tiles": in_tiles(key[:, : fewest - sinks]), "bias": bias}
             highest = functools.partial(highest_of_many, **found, k=k - sinks, first=sinks)
             near_from = sinks + sum(tile.shape[-1] for tile in found["tiles"])
-    landmarks, parts = landmarks.to(rotated.dtype), []
-    if highest is None:
-        block = _choose_by_parts(rotated, landmarks, biases, candidates, valid, settings, recent_landmarks)
-    else:
-        at_once = max(1, TILE_QUERIES // queries)
-        for first in range(0, candidates.shape[1], at_once):
-            part = slice(first, first + at_once)
-            asked = rotated[:, :, :, part], landmarks, biases, candidates[:, part], valid[:, part]
-            block = _choose_of_many(*asked, granularity, highest, near_from, sinks)
-            parts.append(_choose_by_parts(*asked, settings) if block is None else block)
-        block = torch.cat(parts, dim=3)
+    landmarks, block = landmarks.to(rotated.dtype), None
+    asked = rotated, landmarks, biases, candidates, valid
+    if highest is not None:
+        block = _choose_of_many(*asked, granularity, highest, near_from, sinks)
+    if block is None:
+        block = _choose_by_parts(*asked, settings, recent_landmarks)
     return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
 
 

@@ -92,6 +92,10 @@ class Sharing(NamedTuple):
     total: Tensor
     valid: Tensor
 
+    def part(self, choices: slice) -> Sharing:
+        """Some of the choices."""
+        return Sharing(self.total[:, choices], self.valid[:, choices])
+
     def of_all(self, exponentials: Tensor, total: Tensor) -> Tensor:
         """The highest share of valid queries, (batch, choices, n), of exponentials (batch, choices, queries, n).
 
@@ -112,7 +116,13 @@ def in_tiles(key: Tensor) -> list[Tensor]:
 
 
 def highest_of_many(
-    query: Tensor, key: Tensor, tiles: list[Tensor], bias: Tensor | None, k: int, sharing: Sharing | None, first: int = 0
+    query: Tensor,
+    key: Tensor,
+    tiles: list[Tensor],
+    bias: Tensor | None,
+    k: int,
+    sharing: Sharing | None,
+    first: int = 0,
 ) -> Highest:
     """The highest products of each query with the keys in `tiles`, or of those that share a choice.
 
@@ -121,18 +131,25 @@ def highest_of_many(
         key: (batch, keys, head_dim), contiguous.
         tiles: the first of them, from `in_tiles`.
         bias: (batch, keys), added to the products.
-        sharing: of the queries; None: each has a choice of its own. What does not fit fp32 has a total of 0 or infinity.
+        sharing: of the queries; None: each has a choice of its own. Totals that do not fit fp32 are 0 or infinite.
         first: the index of the first key.
 
     Returns:
         Values and indices (batch, choices, queries, k), or (batch, choices, k) of a shared choice.
     """
-    maxima, total = _maxima(query, tiles, bias, exponentials=sharing is not None)
-    many = maxima.shape[-1] * SEGMENT
-    if sharing is not None:
-        total = total + sharing.total
-        maxima = sharing.of_all(maxima, total)
-    segment = top_latest(maxima, k)[1].sort(-1).values
+    at_once = max(1, TILE_QUERIES // query.shape[2])
+    chosen, totals = [], []
+    for begin in range(0, query.shape[1], at_once):
+        part = slice(begin, begin + at_once)
+        maxima, total = _maxima(query[:, part], tiles, bias, exponentials=sharing is not None)
+        if sharing is not None:
+            own = sharing.part(part)
+            total += own.total
+            maxima = own.of_all(maxima, total)
+            totals.append(total)
+        chosen.append(top_latest(maxima, k)[1])
+    many, total = maxima.shape[-1] * SEGMENT, torch.cat(totals, dim=1) if totals else None
+    segment = torch.cat(chosen, dim=1).sort(-1).values
     index = (segment.unsqueeze(-1) * SEGMENT + torch.arange(SEGMENT, device=query.device)).flatten(-2)
     # as one matrix a choice: the chosen segments' keys
     segments = key[:, :many].unflatten(1, (-1, SEGMENT)).flatten(2)

@@ -21,7 +21,7 @@ HOPELESS_FROM = 8192  # groups, if blocks are not so many times more: the text d
 
 
 class Groups(NamedTuple):
-    """Groups of the first `blocks` blocks of one row, but for those that were skipped, in the order of their latest members.
+    """Groups of the first `blocks` blocks of one row, without those skipped, in the order of their latest members.
 
     key: (kv_heads, groups, head_dim).
     count: (groups,): members, in the dtype of `key`.
