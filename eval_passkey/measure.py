@@ -62,7 +62,7 @@ def ask(
     """
     prompt = task.prompt(prompt_tokens or length, seed, depth)
     start = time.perf_counter()
-    kept = () if cache is None else (cache, progress)
+    kept = (cache,) if cache is None else (cache, progress)
     answer = generate_answer(model, task.encoder.tokenizer, prompt, *kept)
     seconds = time.perf_counter() - start
     verdict = task.judge(answer, prompt)
