@@ -1,7 +1,7 @@
 """One prompt asked, and the accuracy of a loaded model: for the command, and for a trainer between two steps."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +50,7 @@ def ask(
     depth: float | None = None,
     period: int | None = None,
     cache: LandmarkCache | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict:
     """Asks one prompt and returns its row of results.
 
@@ -57,10 +58,12 @@ def ask(
     period: ordinary tokens of a block. The row's `phase` says how many the prompt leaves in its last block; None if
         there are no blocks.
     cache: empty, what the model keeps its memory in; None: its own.
+    progress: is told how many tokens of the prompt each call has read, where there are several.
     """
     prompt = task.prompt(prompt_tokens or length, seed, depth)
     start = time.perf_counter()
-    answer = generate_answer(model, task.encoder.tokenizer, prompt, cache)
+    kept = (cache,) if cache is None else (cache, progress)
+    answer = generate_answer(model, task.encoder.tokenizer, prompt, *kept)
     seconds = time.perf_counter() - start
     verdict = task.judge(answer, prompt)
     return {
@@ -79,15 +82,25 @@ def ask(
 
 
 @torch.no_grad()  # no inference mode: what a model keeps from here must still serve training
-def generate_answer(model: PreTrainedModel, tokenizer, prompt: Prompt, cache: LandmarkCache | None = None) -> str:
+def generate_answer(
+    model: PreTrainedModel,
+    tokenizer,
+    prompt: Prompt,
+    cache: LandmarkCache | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> str:
     """What the model says after a prompt, greedily, whatever its generation configuration prefers.
 
-    cache: as for `ask`. It is filled in several calls, because a call holds much beside what is remembered.
+    cache, progress: as for `ask`. It is filled in several calls, because a call holds much beside what is remembered.
     """
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
     if cache is not None and model.config.local_attention == "sliding":  # in which calls of whole blocks change nothing
+        ordinary = input_ids.shape[1] + prompt.max_new_tokens
+        cache.expect(ordinary + ordinary // block_tokens(model.config))  # so that what a tier holds is never moved
         for piece in input_ids[:, :-1].split(CALL_BLOCKS * block_tokens(model.config), dim=1):
             model(piece, past_key_values=cache, logits_to_keep=1)
+            if progress is not None:
+                progress(piece.shape[1])
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),

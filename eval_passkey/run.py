@@ -111,18 +111,21 @@ class PasskeyRun:
             dynamic_ncols=True,
         ) as bar:
             for length, task, sample in missing:
+                end = bar.n + length
                 if all(length != skip["length"] for skip in self.skipped):
-                    self._ask(model, task, length, sample)
+                    self._ask(model, task, length, sample, bar.update)
                     self._show_score(bar, task, length)
-                bar.update(length)
+                bar.update(end - bar.n)
         logging.set_verbosity(verbosity)
         self.write_summary()
 
-    def _ask(self, model: PreTrainedModel, task: Task, length: int, sample: int) -> None:
+    def _ask(
+        self, model: PreTrainedModel, task: Task, length: int, sample: int, progress: Callable[[int], object]
+    ) -> None:
         seed, tokens, depth = self.args.seed + sample, self._tokens(length, sample), self.args.depth(sample)
         try:
-            cache = self._new_cache()
-            row = ask(model, task, length, seed, prompt_tokens=tokens, depth=depth, period=self.period, cache=cache)
+            how = {"prompt_tokens": tokens, "depth": depth, "period": self.period, "progress": progress}
+            row = ask(model, task, length, seed, cache=self._new_cache(), **how)
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             # a baseline may also run past its positions; of the model, nothing but a lack of memory is put aside
             if self.role == "model" and not is_out_of_memory(error):

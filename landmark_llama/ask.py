@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,34 @@ from landmark_llama.memories.asking import Answer, Memory
 from landmark_llama.memories.command import add_model_flags, ending_in_one_sentence
 from landmark_llama.memories.models import load_model, settings_of
 from landmark_llama.memories.passages import Passage, heaviest
+from landmark_llama.reading.storage import BlockStorage
+from landmark_llama.reading.tiered_storage import BUDGET, storage_named
 from landmark_llama.saved.folder import read_manifest
 
 
-def open_memory(model: str, folder: str, device: str | None = None) -> Memory:
+def open_memory(
+    model: str, folder: str, device: str | None = None, storage: Callable[[int], BlockStorage] | None = None
+) -> Memory:
     """The memory in `folder` and its model, in the dtype and with the retrieval settings that it was read with.
+
+    storage: as of `LandmarkCache.load`.
 
     Raises:
         OSError, ValueError: see `LandmarkCache.load` and `load_model`.
     """
     state = read_manifest(folder)
     settings = settings_of(state)
-    return Memory(folder, *load_model(model, dtype=state.model["dtype"], device=device, settings=settings))
+    loaded = load_model(model, dtype=state.model["dtype"], device=device, settings=settings)
+    return Memory(folder, *loaded, storage)
+
+
+def storage_of(args: argparse.Namespace) -> Callable[[int], BlockStorage] | None:
+    """What `--cache` and `--budget` ask for; None where they are not given."""
+    if args.cache is None:
+        if args.budget is not None:
+            raise ValueError(f"--budget {args.budget}: needs --cache host or --cache file:FOLDER")
+        return None
+    return storage_named(args.cache, BUDGET if args.budget is None else args.budget << 20)
 
 
 def questions_of(args: argparse.Namespace) -> list[str]:
@@ -93,13 +110,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="sample; 0 (default): the likeliest token")
     parser.add_argument("--show", type=int, nargs="?", const=5, default=0, metavar="N",
                         help="also print the N passages that weighed most, with their places (5)")  # fmt: skip
+    parser.add_argument("--cache", metavar="WHERE",
+                        help="copy the memory's blocks to the device (device), to host memory (host) or scratch files "
+                        "(file:FOLDER), rather than read the memory's file")  # fmt: skip
+    parser.add_argument("--budget", type=int, metavar="MIB",
+                        help="of host or file: MiB of blocks that stay on the device (256)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a line of JSON an answer")
     args = parser.parse_args(argv)
     with ending_in_one_sentence():
         questions = questions_of(args)
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-        answer_all(open_memory(args.model, args.memory, args.device), questions, args)
+        answer_all(open_memory(args.model, args.memory, args.device, storage_of(args)), questions, args)
 
 
 def answer_all(memory: Memory, questions: list[str], args: argparse.Namespace) -> None:

@@ -93,6 +93,16 @@ def test_one_question_is_printed_and_shown_with_its_passages(
     assert [float(x) for x, _, _ in shown] == sorted((float(x) for x, _, _ in shown), reverse=True)
 
 
+def test_an_answer_does_not_depend_on_where_the_blocks_are_copied(
+    model: Path, memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    expected = printed(capsys, model, memory, "Who?")
+    for where in ["device"], ["host", "--budget", "0"], [f"file:{tmp_path / 'blocks'}", "--budget", "1"]:
+        assert printed(capsys, model, memory, "Who?", "--cache", *where) == expected
+    assert "--budget 3: needs --cache host" in refusal(ask.main, model, memory, "Who?", "--budget", "3")
+    assert "cache 'tape': must be device, host" in refusal(ask.main, model, memory, "Who?", "--cache", "tape")
+
+
 def test_a_file_of_questions_gives_a_line_of_json_each(
     model: Path, memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -188,7 +188,8 @@ def test_a_choice_of_many_groups_does_not_depend_on_how_many_are_scored_at_once(
 def in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets few candidates count as many."""
     for module in (retrieval, highest):
-        for name, number in {"TILE": 32, "TILE_QUERIES": 12, "SEGMENT": 4, "MANY_FROM": 40, "TILED_FROM": 1}.items():
+        few = {"TILE": 32, "TILE_QUERIES": 12, "SEGMENT": 4, "MANY_FROM": 40, "MANY_SHARED_FROM": 40, "TILED_FROM": 1}
+        for name, number in few.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, number)
     monkeypatch.setattr(highest, "FOLDED_FROM", 20)
@@ -197,8 +198,9 @@ def in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("different", [1, 3, 20, 500], ids="{} different landmarks".format)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+@pytest.mark.parametrize("sinks", [0, 2], ids="{} sinks".format)
 def test_a_choice_among_many_is_that_of_brute_force_ties_included(
-    granularity: str, biased: bool, different: int, monkeypatch: pytest.MonkeyPatch
+    sinks: int, granularity: str, biased: bool, different: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query, landmarks, candidates, position = random_case([100, 101, 163, 230, 231])
     # numbers whose products are exact, so that equal landmarks tie to the bit whatever the order of a sum
@@ -207,7 +209,7 @@ def test_a_choice_among_many_is_that_of_brute_force_ties_included(
     landmarks = landmarks[:, :, torch.randint(0, min(different, 231), (231,))]
     biases = torch.randint(0, 3, landmarks.shape[:3]).double() if biased else None
     valid = torch.rand(position.shape) > 0.2
-    settings = {"granularity": granularity, "landmarks_tie": False, "biases": biases}
+    settings = {"granularity": granularity, "landmarks_tie": False, "biases": biases, "num_sink_blocks": sinks}
     expected = choose_blocks(rotated, landmarks, candidates, valid, **settings)
     in_two_levels(monkeypatch)
     asked, many = [], retrieval.highest_of_many
@@ -222,8 +224,9 @@ def test_a_choice_among_many_is_that_of_brute_force_ties_included(
 
 @pytest.mark.parametrize("different", [4, 9], ids="{} different landmarks".format)
 @pytest.mark.parametrize("granularity", ["token_and_head", "head"])
+@pytest.mark.parametrize("sinks", [0, 2], ids="{} sinks".format)
 def test_a_choice_among_repeated_landmarks_is_that_of_brute_force(
-    granularity: str, different: int, monkeypatch: pytest.MonkeyPatch
+    sinks: int, granularity: str, different: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repeated, "FROM_BLOCKS", 40)
     found, taken = RepeatedLandmarks(), []
@@ -235,7 +238,7 @@ def test_a_choice_among_repeated_landmarks_is_that_of_brute_force(
     landmarks[:, 1, 100] = landmarks[:, 1, 99]  # two groups that tie in one head
     rotated = query.unsqueeze(-2).expand(*query.shape[:-1], 4, -1) * SCALE
     valid = torch.rand(position.shape) > 0.2
-    settings = {"granularity": granularity, "landmarks_tie": False}
+    settings = {"granularity": granularity, "landmarks_tie": False, "num_sink_blocks": sinks}
     for candidates in [80, 81, 95], [95, 95, 97], [160, 290, 300], [50, 60, 70], [300, 299, 300]:
         candidates = torch.tensor([candidates])
         shown = landmarks[:, :, : int(candidates.max())]

@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_passkey_run import command, dense, landmark, rows_of, without_seconds  # noqa: F401
 
-from eval_passkey.models import find_subject
+from eval_passkey import measure
+from eval_passkey.models import find_subject, load_model
 from eval_passkey.prompts import InputError
+from eval_passkey.tasks import make_task
 from eval_perplexity.methods import Method, Scorer
-from landmark_llama.reading.tiered_storage import FileStorage
+from landmark_llama import LandmarkCache
+from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
 
 
 def test_a_memory_in_files_gives_the_same_rows_and_leaves_no_file(landmark: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -20,6 +23,16 @@ def test_a_memory_in_files_gives_the_same_rows_and_leaves_no_file(landmark: Path
     rows = [without_seconds(rows_of(tmp_path / output)) for output in ("device", "files")]
     assert rows[0] == rows[1]
     assert (tmp_path / "tier").is_dir() and not list((tmp_path / "tier").glob("*.bin"))
+
+
+def test_a_long_prompt_says_how_far_it_is_read(landmark: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(measure, "CALL_BLOCKS", 8)
+    subject = find_subject("--model", str(landmark), {})
+    model = load_model("--model", subject, "float32", "cpu")
+    cache, told = LandmarkCache(model.config, storage=HostStorage(budget=0)), []
+    task = make_task("passkey", subject.tokenizer)
+    row = measure.ask(model, task, 300, 0, cache=cache, progress=told.append)
+    assert len(told) > 2 and sum(told) == row["prompt_tokens"] - 1
 
 
 def test_a_name_of_no_cache_and_a_model_without_landmarks_are_refused(

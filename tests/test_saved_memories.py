@@ -126,6 +126,36 @@ def test_a_memory_does_not_depend_on_where_its_blocks_were(kind: str, settings: 
     assert files(tmp_path / "memory") == files(tmp_path / "expected")
 
 
+@pytest.mark.parametrize("budget", [0, 24 * 256, 1 << 20], ids="budget {}".format)
+@pytest.mark.parametrize("kind", ["host", "file"])
+@ways_to_weigh
+@torch.no_grad()
+def test_a_memory_opened_into_a_tier_goes_on_bit_for_bit(
+    settings: dict, kind: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("landmark_llama.reading.saved.WRITTEN_AT_ONCE", 2048)  # in several parts
+    model, batch = tiny_model(**settings), ragged([random_ids(97), random_ids(60, seed=1)])
+    cache = having_read(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    cache.save(tmp_path / "memory")
+    storage = HostStorage(budget=budget) if kind == "host" else FileStorage(tmp_path / "blocks", budget=budget)
+    opened = LandmarkCache.load(tmp_path / "memory", model, storage=storage)
+    assert all(len(layer.storage.held.content) == budget // 512 for layer in opened.layers)
+    more = random_ids(2, 30, seed=5)
+    for part in more.split([20, *[1] * 10], dim=1):
+        expected, logits = (model(part, past_key_values=x).logits for x in (cache, opened))
+        assert torch.equal(expected, logits)
+    for x in (cache, opened):
+        x.crop(-30)
+        x.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(model(more, past_key_values=opened).logits, model(more, past_key_values=cache).logits)
+
+
+def test_a_memory_is_either_read_from_its_file_or_copied(saved: tuple) -> None:
+    model, folder = saved
+    with pytest.raises(ValueError, match="mapped=True: leaves the blocks in their file"):
+        LandmarkCache.load(folder, model, mapped=True, storage=HostStorage())
+
+
 @torch.no_grad()
 def test_one_memory_answers_several_questions_at_once(saved: tuple) -> None:
     model, folder = saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from landmark_llama.memories.models import tokenizer_digest
 from landmark_llama.reading.cache import LandmarkCache
+from landmark_llama.reading.storage import BlockStorage
 from landmark_llama.reading.trace import RetrievedStep
 from landmark_llama.saved.folder import Manifest, read_manifest
 
@@ -45,6 +47,7 @@ class Memory:
     Args:
         folder: of the memory.
         model, tokenizer: that read it.
+        storage: as of `LandmarkCache.load`.
 
     Raises:
         OSError: the folder is missing, or a file of it is damaged.
@@ -52,13 +55,17 @@ class Memory:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        folder: str | os.PathLike[str],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        storage: Callable[[int], BlockStorage] | None = None,
     ) -> None:
         self.folder, self.model, self.tokenizer = Path(folder), model, tokenizer
         self.manifest: Manifest = read_manifest(folder)
         if self.manifest.tokenizer not in (None, tokenizer_digest(tokenizer)):
             raise ValueError(f"{folder}: was read with another tokenizer than the model's")
-        self.cache = LandmarkCache.load(folder, model)
+        self.cache = LandmarkCache.load(folder, model, storage=storage)
 
     @functools.cached_property
     def tokens(self) -> Tensor:

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.highest import (
-    TILE_QUERIES,
     Highest,
+    Sharing,
     highest_of_many,
     in_tiles,
     merge,
     top_latest,
-    union,
 )
 from landmark_llama.reading.repeated import RepeatedLandmarks, highest_of_groups
 
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
-# candidates, and queries of a KV head, from which on landmarks are laid out in tiles (`highest.py`)
-MANY_FROM, TILED_FROM = 16384, 512
+# candidates, of a choice of its own and a shared one, and queries of a KV head, from which on landmarks are laid out in
+# tiles (`highest.py`)
+MANY_FROM, MANY_SHARED_FROM, TILED_FROM = 16384, 2048, 512
 # sums of exponentials below, or above its inverse, are near the end of what fp32 can hold
 SMALLEST_SOFTMAX_TOTAL = 1e-13
 
@@ -123,33 +123,29 @@ def choose_blocks(
         recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
     k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
-    queries = rotated.shape[4]
-    if granularity == "head" and queries == 1:
+    if granularity == "head" and rotated.shape[4] == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
-    fewest, highest = int(candidates.min()) - k, None
-    alike = not landmarks_tie and not num_sink_blocks and recent_landmarks is None  # candidates, all compared alike
+    fewest, highest, sinks = int(candidates.min()) - k, None, num_sink_blocks
+    alike = not landmarks_tie and sinks < k and recent_landmarks is None  # candidates, all compared alike
     if granularity != "token" and alike and rotated.device.type == "cpu":
-        shared = {"k": k, "exponentials": granularity == "head"}
-        groups = repeated.groups(landmarks[:, :, : max(fewest, 0)], k) if repeated and biases is None else None
+        groups = repeated.groups(landmarks[:, :, : max(fewest, 0)], k, sinks) if repeated and biases is None else None
+        many_from = MANY_FROM if granularity == "token_and_head" else MANY_SHARED_FROM
         if groups is not None:
-            highest = functools.partial(highest_of_groups, groups=groups, **shared)
-        elif fewest >= MANY_FROM and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM:
+            highest, near_from = functools.partial(highest_of_groups, groups=groups, k=k - sinks), groups.blocks
+        elif fewest - sinks >= many_from and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM:
             if rotated.shape[1] > 1:
                 return _choose_head_by_head(rotated, landmarks, candidates, valid, biases, settings)
-            key, bias = landmarks.to(rotated.dtype).flatten(0, 1), None if biases is None else biases.flatten(0, 1)
-            highest = functools.partial(highest_of_many, key=key, tiles=in_tiles(key[:, :fewest]), bias=bias, **shared)
-    landmarks, parts = landmarks.to(rotated.dtype), []
-    if highest is None:
-        block = _choose_by_parts(rotated, landmarks, biases, candidates, valid, settings, recent_landmarks)
-    else:
-        at_once = max(1, TILE_QUERIES // queries)
-        for first in range(0, candidates.shape[1], at_once):
-            part = slice(first, first + at_once)
-            asked = rotated[:, :, :, part], landmarks, biases, candidates[:, part], valid[:, part]
-            block = _choose_of_many(*asked, granularity, highest)
-            parts.append(_choose_by_parts(*asked, settings) if block is None else block)
-        block = torch.cat(parts, dim=3)
+            key, bias = landmarks[:, 0, sinks:].to(rotated.dtype), None if biases is None else biases[:, 0, sinks:]
+            found = {"key": key, "tiles": in_tiles(key[:, : fewest - sinks]), "bias": bias}
+            highest = functools.partial(highest_of_many, **found, k=k - sinks, first=sinks)
+            near_from = sinks + sum(tile.shape[-1] for tile in found["tiles"])
+    landmarks, block = landmarks.to(rotated.dtype), None
+    asked = rotated, landmarks, biases, candidates, valid
+    if highest is not None:
+        block = _choose_of_many(*asked, granularity, highest, near_from, sinks)
+    if block is None:
+        block = _choose_by_parts(*asked, settings, recent_landmarks)
     return Choice(block, block >= (candidates - k)[:, None, None, :, None, None])
 
 
@@ -260,32 +256,37 @@ def _choose_of_many(
     candidates: Tensor,
     valid: Tensor,
     granularity: str,
-    highest: Callable[[Tensor], Highest],
+    highest: Callable[..., Highest],
+    near_from: int,
+    sinks: int,
 ) -> Tensor | None:
-    """As `_choose`, where `highest` knows the highest scores of the first of many candidates, all of them far ones.
+    """As `_choose`, where `highest` knows the highest scores of the candidates before `near_from`, all far ones.
 
     None where exponentials do not fit fp32.
     """
-    k, shared = rotated.shape[-2] - 1, granularity == "head"
-    far = highest(rotated[..., 0, :].flatten(0, 1).flatten(1, 3))
-    many = far.scored
-    far = Highest(*(x if isinstance(x, int | None) else x.view(*rotated.shape[:5], -1) for x in far))
-    near = slice(many, int(candidates.max()))
-    rest, block_of_first = _scores(
-        rotated, None, landmarks[:, :, near], None if biases is None else biases[:, :, near], candidates - many, k
-    )
-    value, column = top_latest(rest, k)
-    total = rest.exp_().sum(-1, keepdim=True) if shared else None
-    best = merge(far, Highest(value, column + block_of_first + many, total, 0))
-    if not shared:
-        return best.index.sort(-1).values
-    seen = valid[:, None, None, ..., None]
-    fitting = (best.total > SMALLEST_SOFTMAX_TOTAL) & (best.total < 1 / SMALLEST_SOFTMAX_TOTAL)
-    if not (fitting | ~seen).all():
-        return None
-    share = (best.value - best.total.log()).masked_fill(~seen, -torch.inf)
-    value, block = union(share.flatten(-2).unsqueeze(-2), best.index.flatten(-2).unsqueeze(-2), k)
-    return block.masked_fill(value == -torch.inf, -1).sort(-1).values
+    k, near = rotated.shape[-2] - 1, slice(near_from, int(candidates.max()))
+    near_landmarks, near_biases = landmarks[:, :, near], None if biases is None else biases[:, :, near]
+    rest, block_of_first = _scores(rotated, None, near_landmarks, near_biases, candidates - near_from, k)
+    rest, sharing, whose = rest.flatten(0, 1).flatten(1, 2), None, rotated.shape[:4]  # (batch, choices, queries, near)
+    if granularity == "head":
+        seen = valid[:, None, None].expand(rotated.shape[:-2]).flatten(0, 1).flatten(1, 2)
+        sharing = Sharing(rest.exp_().sum(-1, keepdim=True), seen)
+    far = highest(rotated[..., 0, :].flatten(0, 1).flatten(1, 2), sharing=sharing)
+    if sharing is not None:
+        total, seen = far.total.squeeze(-1), sharing.valid
+        fitting = (total > SMALLEST_SOFTMAX_TOTAL) & (total < 1 / SMALLEST_SOFTMAX_TOTAL)
+        if not (fitting | ~seen).all():
+            return None
+        rest = sharing.of_all(rest, far.total)
+    value, column = top_latest(rest, k - sinks)
+    value, block = merge(far, Highest(value, column + block_of_first + near_from, None))[:2]
+    if sharing is not None:
+        nobody = ~seen.any(-1, keepdim=True)
+        if ((value == 0) & ~nobody).any():  # shares too small for fp32 may hide a candidate
+            return None
+        block = block.masked_fill(nobody, -1).unsqueeze(2)
+    block = block.unflatten(1, whose[2:]).unflatten(0, whose[:2])
+    return (with_sinks(block, sinks, candidates[:, None, None, :, None, None]) if sinks else block).sort(-1).values
 
 
 def _shares_(scores: Tensor, n: Tensor) -> Tensor | None:

@@ -71,17 +71,38 @@ def _top_folded(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 class Highest(NamedTuple):
-    """The k highest of a row of scores, the later of equal ones.
+    """The k highest of a row of scores, or of the shares of all queries of a row, the later of equal ones.
 
     value, index: (..., k).
-    total: (..., 1): the sum of the exponentials of all scores, where asked for.
-    scored: how many scores the row has.
+    total: (..., 1): the sums of the exponentials of each query's scores, where they share a choice.
     """
 
     value: Tensor
     index: Tensor
     total: Tensor | None
-    scored: int
+
+
+class Sharing(NamedTuple):
+    """Queries that share a choice: it goes by the highest of their shares, exponentials over their sum.
+
+    total: (batch, choices, queries, 1): sums of the exponentials of scores that are not among those asked for.
+    valid: (batch, choices, queries), boolean: False for a query that has no say.
+    """
+
+    total: Tensor
+    valid: Tensor
+
+    def part(self, choices: slice) -> Sharing:
+        """Some of the choices."""
+        return Sharing(self.total[:, choices], self.valid[:, choices])
+
+    def of_all(self, exponentials: Tensor, total: Tensor) -> Tensor:
+        """The highest share of valid queries, (batch, choices, n), of exponentials (batch, choices, queries, n).
+
+        Overwrites them. total: (batch, choices, queries, 1).
+        """
+        weight = torch.where(self.valid.unsqueeze(-1), total.reciprocal(), 0)
+        return exponentials.mul_(weight).amax(-2)
 
 
 def in_tiles(key: Tensor) -> list[Tensor]:
@@ -95,42 +116,77 @@ def in_tiles(key: Tensor) -> list[Tensor]:
 
 
 def highest_of_many(
-    query: Tensor, key: Tensor, tiles: list[Tensor], bias: Tensor | None, k: int, *, exponentials: bool
+    query: Tensor,
+    key: Tensor,
+    tiles: list[Tensor],
+    bias: Tensor | None,
+    k: int,
+    sharing: Sharing | None,
+    first: int = 0,
 ) -> Highest:
-    """The highest products of each query with the keys in `tiles`.
+    """The highest products of each query with the keys in `tiles`, or of those that share a choice.
 
     Args:
-        query: (batch, queries, head_dim).
+        query: (batch, choices, queries, head_dim).
         key: (batch, keys, head_dim), contiguous.
         tiles: the first of them, from `in_tiles`.
         bias: (batch, keys), added to the products.
-        exponentials: whether `total` is wanted. It may be 0 or infinite.
+        sharing: of the queries; None: each has a choice of its own. Totals that do not fit fp32 are 0 or infinite.
+        first: the index of the first key.
+
+    Returns:
+        Values and indices (batch, choices, queries, k), or (batch, choices, k) of a shared choice.
     """
-    many = sum(tile.shape[-1] for tile in tiles)
-    maxima, total, first = query.new_empty(*query.shape[:2], many // SEGMENT), None, 0
-    room = query.new_empty(query.shape[:2].numel() * TILE)
+    at_once = max(1, TILE_QUERIES // query.shape[2])
+    chosen, totals = [], []
+    for begin in range(0, query.shape[1], at_once):
+        part = slice(begin, begin + at_once)
+        maxima, total = _maxima(query[:, part], tiles, bias, exponentials=sharing is not None)
+        if sharing is not None:
+            own = sharing.part(part)
+            total += own.total
+            maxima = own.of_all(maxima, total)
+            totals.append(total)
+        chosen.append(top_latest(maxima, k)[1])
+    many, total = maxima.shape[-1] * SEGMENT, torch.cat(totals, dim=1) if totals else None
+    segment = torch.cat(chosen, dim=1).sort(-1).values
+    index = (segment.unsqueeze(-1) * SEGMENT + torch.arange(SEGMENT, device=query.device)).flatten(-2)
+    # as one matrix a choice: the chosen segments' keys
+    segments = key[:, :many].unflatten(1, (-1, SEGMENT)).flatten(2)
+    row = torch.arange(len(key), device=query.device).view(-1, *(1,) * (index.dim() - 1))
+    place = (segment + row * segments.shape[1]).flatten()
+    chosen = segments.flatten(0, 1).index_select(0, place).view(*index.shape, -1)
+    if sharing is None:
+        value = (chosen @ query.unsqueeze(-1)).squeeze(-1)
+        value = value if bias is None else value + bias[row, index]
+    else:
+        value = query @ chosen.transpose(-1, -2)
+        value = value if bias is None else value + bias[row, index].unsqueeze(-2)
+        value = sharing.of_all(value.exp_(), total)
+    value, place = top_latest(value, k)
+    return Highest(value, index.gather(-1, place) + first, total)
+
+
+def _maxima(
+    query: Tensor, tiles: list[Tensor], bias: Tensor | None, *, exponentials: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of each segment the highest score (batch, choices, queries, segments), or its exponential, and their sums."""
+    shape, flat = query.shape[:-1], query.flatten(1, 2)
+    segments = sum(tile.shape[-1] for tile in tiles) // SEGMENT
+    maxima, total, first = flat.new_empty(*flat.shape[:2], segments), None, 0
+    room = flat.new_empty(flat.shape[:2].numel() * TILE)
     for tile in tiles:
         stop = first + tile.shape[-1]
-        scores = room[: query.shape[:2].numel() * tile.shape[-1]].view(*query.shape[:2], -1)
-        torch.bmm(query, tile, out=scores)
+        scores = room[: flat.shape[:2].numel() * tile.shape[-1]].view(*flat.shape[:2], -1)
+        torch.bmm(flat, tile, out=scores)
         if bias is not None:
             scores += bias[:, None, first:stop].unflatten(-1, (-1, SEGMENT)).transpose(-1, -2).flatten(-2)
-        maxima[..., first // SEGMENT : stop // SEGMENT] = scores.unflatten(-1, (SEGMENT, -1)).amax(-2)
         if exponentials:
             added = scores.exp_().sum(-1, keepdim=True)
             total = added if total is None else total.add_(added)
+        torch.amax(scores.unflatten(-1, (SEGMENT, -1)), -2, out=maxima[..., first // SEGMENT : stop // SEGMENT])
         first = stop
-    segment = top_latest(maxima, k)[1].sort(-1).values
-    index = (segment.unsqueeze(-1) * SEGMENT + torch.arange(SEGMENT, device=query.device)).flatten(-2)
-    # as one matrix a query: the chosen segments' keys
-    segments = key[:, :many].unflatten(1, (-1, SEGMENT)).flatten(2)
-    row = torch.arange(0, len(key) * segments.shape[1], segments.shape[1], device=query.device).view(-1, 1, 1)
-    chosen = segments.flatten(0, 1).index_select(0, (segment + row).flatten()).view(*index.shape, -1)
-    value = (chosen @ query.unsqueeze(-1)).squeeze(-1)
-    if bias is not None:
-        value += bias[row // max(1, segments.shape[1]), index]
-    value, place = top_latest(value, k)
-    return Highest(value, index.gather(-1, place), total, many)
+    return maxima.view(*shape, -1), None if total is None else total.view(*shape, 1)
 
 
 def merge(first: Highest, second: Highest) -> Highest:
@@ -140,16 +196,4 @@ def merge(first: Highest, second: Highest) -> Highest:
     # the later index in front, where a stable sort leaves it before its equals
     index, order = index.sort(dim=-1, descending=True)
     value, place = value.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    total = None if first.total is None else first.total + second.total
-    return Highest(value[..., :k], index.gather(-1, place)[..., :k], total, first.scored + second.scored)
-
-
-def union(value: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of entries (..., entries), in which an index may stand several times and then counts once."""
-    value, order = value.sort(dim=-1, descending=True)
-    index, place = index.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    value = value.gather(-1, place)
-    # of equal indices the first has the highest value
-    value[..., 1:].masked_fill_(index[..., 1:] == index[..., :-1], -torch.inf)
-    value, place = value.sort(dim=-1, descending=True, stable=True)
-    return value[..., :k], index.gather(-1, place)[..., :k]
+    return Highest(value[..., :k], index.gather(-1, place)[..., :k], first.total)

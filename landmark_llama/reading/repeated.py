@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landmark_llama.reading.highest import Highest, top_latest
+from landmark_llama.reading.highest import Highest, Sharing, top_latest
 
 FROM_BLOCKS = 4096  # before, grouping saves little
 FEWER = 3  # times fewer groups than blocks are worth their scoring
+SCORES_AT_ONCE = 1 << 18  # 1 MB
 HOPELESS_FROM = 8192  # groups, if blocks are not so many times more: the text does not repeat itself
 
 
 class Groups(NamedTuple):
-    """Groups of the first `blocks` blocks of one row, in the order of their latest members.
+    """Groups of the first `blocks` blocks of one row, without those skipped, in the order of their latest members.
 
     key: (kv_heads, groups, head_dim).
     count: (groups,): members, in the dtype of `key`.
@@ -42,10 +43,11 @@ class RepeatedLandmarks:
 
     def __init__(self) -> None:
         self.pay = self.hopeless = False
+        self.skipped = 0
         self._clear()
 
     def _clear(self) -> None:
-        self.blocks = self.k = 0
+        self.blocks, self.k = self.skipped, 0
         self._group: dict[bytes, int] = {}
         self._count: list[int] = []
         self._latest: list[deque[int]] = []
@@ -57,10 +59,14 @@ class RepeatedLandmarks:
             self._clear()
             self.pay = self.hopeless = False
 
-    def groups(self, landmarks: Tensor, k: int) -> Groups | None:
-        """Those of `landmarks` (1, kv_heads, blocks, head_dim) on a CPU; None where they do not pay."""
+    def groups(self, landmarks: Tensor, k: int, skipped: int = 0) -> Groups | None:
+        """Those of `landmarks` (1, kv_heads, blocks, head_dim) on a CPU; None where they do not pay.
+
+        skipped: so many of the first blocks are in no group.
+        """
         blocks = landmarks.shape[2]
-        if blocks < self.blocks or k > self.k:
+        if blocks < self.blocks or k > self.k or skipped != self.skipped:
+            self.skipped = skipped
             self._clear()
             self.k = k
         if len(landmarks) > 1 or blocks < FROM_BLOCKS or self.hopeless or landmarks.device.type != "cpu":
@@ -92,14 +98,28 @@ class RepeatedLandmarks:
         )
 
 
-def highest_of_groups(query: Tensor, groups: Groups, k: int, *, exponentials: bool) -> Highest:
-    """The highest products of `query` (kv_heads, queries, head_dim) with all members of the groups."""
-    scores = query @ groups.key.to(query.dtype).transpose(-1, -2)
-    # the k highest members, the later of equal ones, lie in the k groups that are first by score and latest member
-    value, group = top_latest(scores, k)
+def highest_of_groups(query: Tensor, groups: Groups, k: int, sharing: Sharing | None) -> Highest:
+    """As `highest_of_many`, among all members of the groups, for `query` (kv_heads, choices, queries, head_dim)."""
+    key, count = groups.key.to(query.dtype).transpose(-1, -2), groups.count.to(query.dtype)
+    at_once = max(1, SCORES_AT_ONCE // (query.shape[2] * key.shape[-1]))
+    values, chosen, totals = [], [], []
+    for head in range(len(query)):  # few scores at a time, to stay in a core's cache
+        for first in range(0, query.shape[1], at_once):
+            part = slice(first, first + at_once)
+            scores = (query[head, part].flatten(0, 1) @ key[head]).unflatten(0, (-1, query.shape[2]))
+            if sharing is not None:
+                rest, valid = (x[head, part] for x in sharing)
+                total = (scores.exp_() @ count).unsqueeze(-1) + rest
+                totals.append(total)
+                scores = Sharing(rest, valid).of_all(scores, total)
+            # the k highest members, the later of equal ones, lie in the k groups first by score and latest member
+            value, group = top_latest(scores, k)
+            values.append(value)
+            chosen.append(group)
+    value, group = (torch.cat(x).unflatten(0, (len(query), -1)) for x in (values, chosen))
     index = groups.latest[group].flatten(-2)
     value = value.repeat_interleave(k, dim=-1).masked_fill(index < 0, -torch.inf)
     index, order = index.sort(dim=-1, descending=True)
     value, place = value.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    total = (scores.exp_() @ groups.count.to(query.dtype)).unsqueeze(-1) if exponentials else None
-    return Highest(value[..., :k], index.gather(-1, place)[..., :k], total, groups.blocks)
+    total = torch.cat(totals).unflatten(0, (len(query), -1)) if totals else None
+    return Highest(value[..., :k], index.gather(-1, place)[..., :k], total)

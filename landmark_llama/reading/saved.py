@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ class SavedMixin:
         model: nn.Module,
         *,
         mapped: bool | None = None,
+        storage: Callable[[int], BlockStorage] | None = None,
         verify: bool = False,
     ) -> SavedMixin:
         """Opens a saved memory, for the model that read it.
@@ -72,19 +73,23 @@ class SavedMixin:
             model: a landmark LLaMA with the weights, the dtype and the retrieval settings of the one that read.
             mapped: keep the blocks in their file, from which they are read as they are needed; opening takes no time.
                 False: copy them to the model's device. By default, True on a CPU.
+            storage: as of `LandmarkCache`: copy them there, for example to `HostStorage(budget=2**30)`.
             verify: read all files and compare their checksums.
 
         Raises:
             OSError: the folder is missing or holds no memory, or a file is missing, cut or (with `verify`) changed.
-            ValueError: another model read it, or read it in another way; says what differs.
+            ValueError: another model read it, or read it in another way; says what differs. Or `mapped` and `storage`
+                contradict each other.
         """
+        if mapped and storage is not None:
+            raise ValueError("mapped=True: leaves the blocks in their file, and storage copies them: give one of both")
         folder, reader = Path(folder), reader_of(model)
         manifest = read_manifest(folder)
         check_model(folder, manifest, reader)
         if verify:
             manifest.check(folder)
-        cache = cls(reader.config)
-        open_blocks(cache, folder, manifest, reader, mapped)
+        cache = cls(reader.config) if storage is None else cls(reader.config, storage=storage)
+        open_blocks(cache, folder, manifest, reader, mapped, copied=storage is not None)
         return cache
 
 
@@ -160,9 +165,17 @@ def check_model(folder: Path, manifest: Manifest, reader: nn.Module) -> None:
 
 
 def open_blocks(
-    cache: SavedMixin, folder: Path, manifest: Manifest, reader: nn.Module, mapped: bool | None = None
+    cache: SavedMixin,
+    folder: Path,
+    manifest: Manifest,
+    reader: nn.Module,
+    mapped: bool | None = None,
+    copied: bool = False,
 ) -> None:
-    """Gives `cache` the blocks of the memory in `folder`; arguments as of `SavedMixin.load`."""
+    """Gives `cache` the blocks of the memory in `folder`; arguments as of `SavedMixin.load`.
+
+    copied: to the storages that `cache` has.
+    """
     saved, landmarks = manifest.read(folder, "blocks"), manifest.read(folder, "landmarks")
     pooled = manifest.bias_dtype is not None
     biases = manifest.read(folder, "biases") if pooled else None
@@ -176,7 +189,9 @@ def open_blocks(
         device = _device(reader, i)
         landmark = landmarks[:, i].permute(1, 2, 0, 3)
         bias, tail_bias = (biases[:, i].permute(1, 2, 0), tail_biases[i]) if pooled else (None, None)
-        if mapped if mapped is not None else device.type == "cpu":
+        if copied:
+            _copy(layer.storage, saved[:, i], bias, blocks[i], tail_bias, device)
+        elif mapped if mapped is not None else device.type == "cpu":
             layer.storage = MappedStorage(saved, landmark, bias, blocks[i], tail_bias, i, device)
         else:
             layer.storage = _on_device(saved[:, i], landmark, bias, blocks[i], tail_bias, device)
@@ -184,6 +199,29 @@ def open_blocks(
     cache.begin_after(torch.tensor(manifest.ordinary))
     cache._reader = weakref.ref(reader)
     cache._read_with = frozenset(RetrievalSettings(**settings) for settings in manifest.read_with)
+
+
+def _copy(
+    storage: BlockStorage,
+    saved: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    tail_bias: Tensor | None,
+    device: torch.device,
+) -> None:
+    """Writes the blocks of one layer to `storage`, some at a time; arguments as of `MappedStorage`."""
+    blocks, _, rows, kv_heads, block_size, head_dim = saved.shape
+    storage.expect(blocks + tail.shape[3])
+    at_once = max(1, WRITTEN_AT_ONCE // (saved[:1].numel() * saved.element_size()))
+    parts = [part.permute(1, 2, 3, 0, 4, 5) for part in saved.split(at_once)] if blocks else []
+    first = 0
+    for part in [*parts, tail] if tail.shape[3] else parts:  # (2, rows, kv_heads, blocks, block_size, head_dim)
+        key, value = (x.flatten(2, 3).transpose(1, 2).to(device) for x in part)
+        storage.write(key, value, torch.full((rows,), first * block_size, device=device))
+        first += part.shape[3]
+    if bias is not None and first:  # landmark keys are pooled already: they stand in their places among the keys
+        bias = torch.cat([bias, tail_bias], dim=2).to(device)
+        storage.bias = torch.nn.functional.pad(bias, (0, storage.capacity - first))
 
 
 def _on_device(

@@ -74,8 +74,10 @@ class FileStorage(HostStorage):
         return FileTier(self.folder, shape, dtype)
 
 
-def storage_named(name: str) -> Callable[[int], BlockStorage]:
+def storage_named(name: str, budget: int = BUDGET) -> Callable[[int], BlockStorage]:
     """The `storage` of a LandmarkCache that a command's flag names: `device`, `host`, or `file:FOLDER`.
+
+    budget: of the last two.
 
     Raises:
         ValueError: the name is none of these.
@@ -85,9 +87,9 @@ def storage_named(name: str) -> Callable[[int], BlockStorage]:
     if name == "device":
         return DeviceStorage
     if name == "host":
-        return HostStorage()
+        return HostStorage(budget=budget)
     if kind == "file" and folder:
-        return FileStorage(folder)
+        return FileStorage(folder, budget=budget)
     raise ValueError(f"cache {name!r}: must be device, host, or file:FOLDER")
 
 
