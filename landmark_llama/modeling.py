@@ -12,6 +12,7 @@ takes a layer's queries, keys and values, not rotated, and returns its attention
     Segment        training with a cache: the call is one segment of a longer text
     Table          reading through a cache: one chunk of a call, whose queries read a table of blocks
     DecodingStep   the same for one new token a row, on a CPU
+    AlignedStep    the same where all rows stand at one position
 
 Callers see plain coordinates: landmarks enter and leave the text in here.
 """
@@ -36,6 +37,7 @@ from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkConfig, LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.language_model import LandmarkForCausalLM, keep
 from landmark_llama.pretrained import LandmarkPreTrained
+from landmark_llama.reading.aligned import AlignedStep, step_of
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.segments import Segment, check_segment
@@ -173,7 +175,7 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
         if not (self.training or output_hidden_states or self._records_steps(cache)):
             where = attention_mask, position_ids, cache, retrieval, self._rotary_table(content.device)
-            step = DecodingStep.of(self.config, content, *where)
+            step = step_of(self.config, content, *where)
             if step is not None:
                 last = self._decode(content, step, logits_to_keep)
                 return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
@@ -237,12 +239,14 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         return cache.graphs.can_record(cache.storages, weight.dtype, self._rotary_table(weight.device))
 
     @torch.no_grad()
-    def _decode(self, content: Tensor, step: DecodingStep, logits_to_keep: int | Tensor) -> Tensor:
+    def _decode(self, content: Tensor, step: DecodingStep | AlignedStep, logits_to_keep: int | Tensor) -> Tensor:
         """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
-        states = self._through_layers(self._embed(content, step.source), step, self._rotary_table(content.device))
+        alone = isinstance(step, AlignedStep)  # without landmarks
+        states = self.embed_tokens(content) if alone else self._embed(content, step.source)
+        states = self._through_layers(states, step, self._rotary_table(content.device))
         step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
         step.cache.read_by(self, step.settings)
-        return self.norm(_take(states, keep(step.output, logits_to_keep)))
+        return self.norm(keep(states, logits_to_keep) if alone else _take(states, keep(step.output, logits_to_keep)))
 
     def _through_layers(
         self, states: Tensor, view: View, rotary: RotaryTable, *, fill_cache_only: bool = False
