@@ -166,20 +166,20 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         if cache is not None and not isinstance(cache, LandmarkCache):
             problem = f"past_key_values: a {type(cache).__name__} cannot hold landmark blocks"
             raise ValueError(f"{problem}; pass LandmarkCache(model.config)")
+        retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
+        only_ids = input_ids is not None and input_ids.dim() == 2 and inputs_embeds is None and cu_seq_lens_q is None
+        if cache is not None and only_ids and seq_idx is None and not (self.training or output_hidden_states):
+            step = self._step_of(input_ids, attention_mask, position_ids, cache, retrieval)
+            if step is not None:
+                last = self._decode(input_ids, step, logits_to_keep)
+                return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
+
         content = check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         if cu_seq_lens_q is not None or seq_idx is not None:
             position_ids = packed_positions(content.shape[:2], position_ids, cu_seq_lens_q, seq_idx)
         if self.training and not self._landmark_row_checked:
             self._landmark_row_checked = True
             warn_of_frozen_landmark(self)
-        retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
-        if not (self.training or output_hidden_states or self._records_steps(cache)):
-            where = attention_mask, position_ids, cache, retrieval, self._rotary_table(content.device)
-            step = step_of(self.config, content, *where)
-            if step is not None:
-                last = self._decode(content, step, logits_to_keep)
-                return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
-
         before = None if cache is None else cache.ordinary_tokens(len(content))
         rows = Rows.of(self.config, content, attention_mask, position_ids, before)
         output, hidden_states = keep(rows.layout.output, logits_to_keep), None
@@ -237,6 +237,12 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
             return False
         weight = self.embed_tokens.weight
         return cache.graphs.can_record(cache.storages, weight.dtype, self._rotary_table(weight.device))
+
+    def _step_of(self, input_ids: Tensor, *call: Any) -> AlignedStep | DecodingStep | None:
+        """The decoding step that a call is, on a CPU; None if it is anything else."""
+        if input_ids.device.type != "cpu":
+            return None
+        return step_of(self.config, input_ids, *call, self._rotary_table(input_ids.device))
 
     @torch.no_grad()
     def _decode(self, content: Tensor, step: DecodingStep | AlignedStep, logits_to_keep: int | Tensor) -> Tensor:

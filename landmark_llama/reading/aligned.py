@@ -1,15 +1,17 @@
 """The most frequent decoding step: one new token a row, all rows at the same position, no block completed.
 
-It is what `reading/decoding.py` computes, and that does whatever this one refuses. Where all rows stand at one
-position, block and offset are numbers of the host: slices take the place of masks, and nothing is asked of a tensor
-but whether scores tie. What follows from the block alone is made at its first step and kept for the others.
+It computes what `reading/decoding.py` does, which takes over wherever a condition of this one does not hold. Where all
+rows stand at one position, block and offset are numbers of the host: slices take the place of masks, and no tensor is
+asked for anything but whether scores tie. What follows from the block is made at its first step and kept for the rest.
 
-Shapes: `heads` (kv_heads * group) of query heads, `pairs` (batch * kv_heads), `table` blocks that a query reads.
+Shapes: `pairs` (batch * kv_heads), `group` (query heads that share a KV head), `heads` (pairs * group), `table` (blocks
+that a query reads: the retrieved ones, then the direct ones, the own last), `distances` (one more than `table` where
+blocks are retrieved, the farthest first).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,71 +19,117 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable, StillTable
 from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.decoding import DecodingStep, Places, turn, turning_tables
+from landmark_llama.reading.decoding import DecodingStep, turn, turning_tables
 from landmark_llama.reading.highest import FOLDED_FROM, top_latest
-from landmark_llama.reading.storage import BlockStorage, DeviceStorage
+from landmark_llama.reading.storage import DeviceStorage
 from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.documents import find_documents
 
 
 def step_of(
     config: LandmarkConfig,
-    content: Tensor,
+    input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: LandmarkCache | None,
+    cache: LandmarkCache,
     retrieval: tuple,
     rotary: RotaryTable,
 ) -> AlignedStep | DecodingStep | None:
-    """The decoding step that a call is, or None if it is more than that.
+    """The decoding step that a call is, or None if it is more than that, or holds what must be refused.
 
     Args:
-        content: ids (batch, 1) for a step; more columns, embeddings, or tensors of a GPU make no step.
-        position_ids: checked, and otherwise of no use: a cache holds one document a row.
+        input_ids: (batch, 1) for a step; more columns make none.
+        attention_mask, position_ids: as they were given, not checked.
         retrieval: arguments of `LandmarkConfig.retrieval`.
         rotary: holds every position that a step can ask for.
     """
-    if cache is None or content.dim() != 2 or content.shape[1] != 1 or content.device.type != "cpu":
+    batch, columns = input_ids.shape
+    if columns != 1:
         return None
-    if attention_mask is not None and not all(attention_mask[:, -1].tolist()):
+    landmark, vocabulary = config.landmark_token_id, config.vocab_size
+    if any(token == landmark or not 0 <= token < vocabulary for (token,) in input_ids.tolist()):
         return None
-    batch, landmark = len(content), config.landmark_token_id
-    if any(row[0] == landmark for row in content.tolist()):
-        return None
+    if attention_mask is not None:
+        fits = attention_mask.dim() == 2 and len(attention_mask) == batch and attention_mask.shape[1]
+        if not fits or not all(attention_mask[:, -1].tolist()):
+            return None
     if position_ids is not None:
-        one_each = torch.ones(content.shape, dtype=torch.bool)
+        one_each = torch.ones(input_ids.shape, dtype=torch.bool)
         find_documents(position_ids, one_each, cache.ordinary_tokens(batch), cached=True)
     shared = config, cache, batch, config.retrieval(*retrieval), rotary
     return AlignedStep.of(*shared) or DecodingStep.of(*shared)
 
 
-@dataclass(frozen=True)
-class AlignedStep:
-    """The view of such a step. Tensors are on the CPU.
+class AlignedBlock(NamedTuple):
+    """What all steps inside one block share. Tensors are on the CPU; `weights` alone is written to.
 
-    cache: what has been read; each layer adds the step's keys and values.
-    block, offset: where the rows stand.
-    first: the first block that is read directly.
-    candidates: how many blocks may be retrieved; 0 where none is: then `first` is as far back as all fit the table.
-    place: angles to each distance, (distances, head_dim), for every offset; `still`: of layers without RoPE.
-    blocks: (pairs, 1, table): the blocks read directly, those to be chosen in front.
+    made_for: what it follows from.
+    candidates: how many blocks may be retrieved; 0 where none need be, as all that may be read fit the table.
+    direct: (pairs, group, table or fewer): the blocks read directly, and before them the sinks, if blocks are
+        retrieved.
     row: (pairs, 1, 1): where the blocks of a pair begin among those of all.
-    settings: how many blocks are retrieved.
-    pooled: whether landmark keys are pooled of their blocks' keys.
+    tables: cosines and sines of the angles to each distance, (block_size, distances, head_dim) each; of layers with
+        RoPE, and of those without, if there are any.
+    weights: (heads, table, block_size), zero at landmarks and beyond the row's end.
     """
 
-    cache: LandmarkCache
-    storages: list[DeviceStorage]
-    block: int
-    offset: int
-    first: int
-    candidates: int
-    place: Places
-    still: Places | None
-    blocks: Tensor
-    row: Tensor
+    made_for: tuple
     settings: RetrievalSettings
     pooled: bool
+    block: int
+    candidates: int
+    direct: Tensor
+    row: Tensor
+    tables: list[tuple[Tensor, Tensor]]
+    weights: Tensor
+
+    @classmethod
+    def of(cls, made_for: tuple) -> AlignedBlock:
+        """`made_for`: settings, whether landmark keys are pooled, rotary table, heads, dtype and the shape of the keys
+        of all blocks, block.
+        """
+        settings, pooled, rotary, heads, dtype, (batch, kv_heads, capacity, block_size, head_dim), block = made_for
+        local = 0 if settings.chunked else settings.num_direct_blocks
+        k, candidates, pairs = settings.num_retrieved_blocks, max(0, block - local), batch * kv_heads
+        retrieves = candidates > k > 0
+        # where no block is left out, all stand at their true distances, as if they were read directly
+        first = block - local if retrieves else max(0, block - local - k)
+        direct = torch.arange(first, block + 1)
+        if retrieves:
+            direct = torch.cat([torch.arange(settings.num_sink_blocks), direct])
+        length = k + local + 1 if retrieves else len(direct)
+        tables = [
+            (place.cos[:, -length - retrieves :], place.sin[:, -length - retrieves :])
+            for place in (turning_tables(x, block_size, local + 1, k) for x in (rotary, rotary.still) if x is not None)
+        ]
+        return cls(
+            made_for,
+            settings,
+            pooled,
+            block,
+            candidates if retrieves else 0,
+            direct.repeat(pairs, heads // kv_heads, 1),
+            torch.arange(0, pairs * capacity, capacity).view(-1, 1, 1),
+            tables,
+            torch.zeros(batch * heads, length, block_size, dtype=torch.promote_types(dtype, rotary.cos.dtype)),
+        )
+
+
+class AlignedStep:
+    """The view of such a step.
+
+    Args:
+        cache: what has been read; each layer adds the step's keys and values.
+        plan: of the block that the rows stand in.
+        offset: where in it.
+    """
+
+    def __init__(self, cache: LandmarkCache, plan: AlignedBlock, offset: int) -> None:
+        self.cache, self.settings, self.plan, self.offset = cache, plan.settings, plan, offset
+        self.storages = cache.storages
+        # (distances, head_dim)
+        self.angles = [(cos[offset], sin[offset]) for cos, sin in plan.tables]
+        self.own_angle = [(cos[-1], sin[-1]) for cos, sin in self.angles]
 
     @classmethod
     def of(
@@ -91,42 +139,23 @@ class AlignedStep:
         ordinary = [] if cache.ordinary_counts is None else cache.ordinary_counts.tolist()
         if len(ordinary) != batch or ordinary.count(ordinary[0]) < batch or settings.granularity == "token":
             return None
-        block, offset = divmod(ordinary[0], config.block_size - 1)
-        storages, pooled = cache.storages, config.landmark_key == "pooled"
-        held = (batch, config.num_key_value_heads, storages[0].capacity, config.block_size, config.head_dim)
-        if offset == config.block_size - 2 or recorder() is not None:
+        storages, block_size = cache.storages, config.block_size
+        block, offset = divmod(ordinary[0], block_size - 1)
+        if offset == block_size - 2 or block >= storages[0].capacity or recorder() is not None:
             return None
+        held = (batch, config.num_key_value_heads, storages[0].capacity, block_size, config.head_dim)
+        pooled = config.landmark_key == "pooled"
         for x in storages:
-            here = isinstance(x, DeviceStorage) and x.capacity > block and x.key.shape == held
-            if not here or x.repeated.pay or (x.bias is not None) != pooled:
+            there = isinstance(x, DeviceStorage) and x.key is not None and x.key.shape == held
+            if not there or x.repeated.pay or (x.bias is not None) != pooled:
                 return None
-        direct = 0 if settings.chunked else settings.num_direct_blocks
-        k, candidates = settings.num_retrieved_blocks, max(0, block - direct)
-        # where no block is left out, those retrieved stand at their true distances, as if they were read directly
-        retrieves = candidates > k > 0
-        first = block - direct if retrieves else max(0, block - direct - k)
-        place, still = (
-            None if x is None else turning_tables(x, config.block_size, direct + 1, k) for x in (rotary, rotary.still)
-        )
-        row = torch.arange(0, held[0] * held[1] * held[2], held[2]).view(-1, 1, 1)
-        number = k if retrieves else 0
-        blocks = torch.arange(first - number, block + 1).repeat(len(row), 1, 1)
-        if number:
-            blocks[..., : settings.num_sink_blocks] = torch.arange(settings.num_sink_blocks)
-        return cls(
-            cache,
-            storages,
-            block,
-            offset,
-            first,
-            candidates if retrieves else 0,
-            place,
-            still,
-            blocks,
-            row,
-            settings,
-            pooled,
-        )
+        made_for = settings, pooled, rotary, config.num_attention_heads, storages[0].dtype, held, block
+        plan = cache.aligned_block
+        if plan is None or plan.made_for != made_for:
+            # written to in every mode, which what is made in inference mode cannot be
+            with torch.inference_mode(False):
+                plan = cache.aligned_block = AlignedBlock.of(made_for)
+        return cls(cache, plan, offset)
 
     def attend(
         self,
@@ -141,79 +170,72 @@ class AlignedStep:
         landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
-        storage, shape, (batch, _, kv_heads, head_dim) = self.storages[layer_idx], query.shape, key.shape
-        table = self.still if isinstance(rotary, StillTable) else self.place
-        cos, sin = table.cos[self.offset], table.sin[self.offset]  # (distances, head_dim)
-        storage.write_token(turn(key, cos[-1], sin[-1]), value, self.block, self.offset)
-        pairs, group, exact = batch * kv_heads, shape[2] // kv_heads, self.settings.exact_weights
-        # (pairs, group, distances, head_dim), the farthest first
-        query = turn((query * scale).view(pairs, group, 1, head_dim), cos, sin)
-        scoring = query
+        storage, plan, shape = self.storages[layer_idx], self.plan, query.shape
+        (pairs, group, _), head_dim, heads = plan.direct.shape, shape[3], len(plan.weights)
+        still = isinstance(rotary, StillTable)
+        storage.write_token(turn(key, *self.own_angle[still]), value, plan.block, self.offset)
+        # (pairs, group, distances, head_dim)
+        query = scoring = turn((query * scale).view(pairs, group, 1, head_dim), *self.angles[still])
         if landmark_query is not None:
-            scoring = turn((landmark_query * scale).view(pairs, group, 1, head_dim), cos, sin)
-        blocks, length = self.blocks, self.blocks.shape[-1]
-        if self.candidates:
-            blocks = blocks.repeat(1, group, 1)
-            self._choose(scoring, storage, layer_idx == 0 and not self.pooled, blocks)
-            near = (blocks >= self.candidates - self.settings.num_retrieved_blocks).unsqueeze(-1)
+            scoring = turn((landmark_query * scale).view(pairs, group, 1, head_dim), *self.angles[still])
+        blocks = plan.direct
+        if plan.candidates:
+            blocks = self._choose(scoring, storage, layer_idx == 0 and not plan.pooled)
+            near = (blocks >= plan.candidates - plan.settings.num_retrieved_blocks).unsqueeze(-1)
             query = torch.where(near, query[:, :, 1:], query[:, :, :-1])
-            if landmark_query is not None and not exact:
+            if landmark_query is not None:
                 scoring = torch.where(near, scoring[:, :, 1:], scoring[:, :, :-1])
-            else:
-                scoring = query
-        else:
-            blocks = blocks.expand(-1, group, -1)
-            query, scoring = query[:, :, -length:], scoring[:, :, -length:]
-        index = (blocks + self.row).flatten()
-        # (pairs * group * table, block_size, head_dim)
-        keys, values = (x.view(-1, x.shape[3] * head_dim).index_select(0, index) for x in (storage.key, storage.value))
+        index = (blocks + plan.row).view(-1)
+        # (heads * table, block_size, head_dim)
+        keys, values = (
+            stored.view(-1, stored.shape[3] * head_dim).index_select(0, index)
+            for stored in (storage.key, storage.value)
+        )
         keys = keys.view(len(index), -1, head_dim).to(query.dtype)
-        scores = (keys @ query.reshape(-1, head_dim, 1)).view(pairs * group, length, -1)
-        if exact:
+        scores = torch.bmm(keys, query.reshape(len(index), head_dim, 1)).view(plan.weights.shape)
+        if plan.settings.exact_weights:
             weights = self._exact_weights(scores)
         else:
             logit = scores[:, :-1, -1]
             if landmark_query is not None:
-                landmark = keys.view(pairs, group, length, -1, head_dim)[..., :-1, -1, :]
-                logit = torch.linalg.vecdot(scoring[:, :, :-1], landmark).flatten(0, 1)
-            if self.pooled:
-                logit = logit + storage.bias.view(-1).index_select(0, index).view(len(logit), length)[:, :-1]
+                landmark = keys[:, -1].view(scoring.shape)
+                logit = torch.linalg.vecdot(scoring, landmark)[:, :, :-1].flatten(0, 1)
+            if plan.pooled:
+                logit = logit + storage.bias.view(-1)[index].view(heads, -1)[:, :-1]
             weights = self._weights(scores, logit)
-        values = values.view(pairs * group, -1, head_dim).to(weights.dtype)
-        return (weights.view(pairs * group, 1, -1) @ values).view(shape).to(value.dtype)
+        values = values.view(heads, -1, head_dim).to(weights.dtype)
+        return torch.bmm(weights.view(heads, 1, -1), values).view(shape).to(value.dtype)
 
-    def _choose(self, query: Tensor, storage: BlockStorage, landmarks_tie: bool, blocks: Tensor) -> None:
-        """Puts the k blocks of each query in front of `blocks` (pairs, group, table), as `choose_blocks` chooses.
+    def _choose(self, query: Tensor, storage: DeviceStorage, landmarks_tie: bool) -> Tensor:
+        """The blocks (pairs, group, table) that each query reads, those retrieved as `choose_blocks` chooses them.
 
         query: (pairs, group, distances, head_dim), rotated and scaled: what scores landmarks.
         """
-        n, k, sinks = self.candidates, self.settings.num_retrieved_blocks, self.settings.num_sink_blocks
-        if k == sinks:
-            return
-        landmarks = storage.landmarks(n).flatten(0, 1)  # (pairs, n, head_dim)
-        query = query[:, :, : k + 1]
+        plan, n, k = self.plan, self.plan.candidates, self.plan.settings.num_retrieved_blocks
+        sinks = plan.settings.num_sink_blocks
+        wanted = k - sinks
+        if not wanted:
+            return plan.direct
+        query, landmarks = query[:, :, : k + 1], storage.landmark.flatten(0, 1)  # (pairs, capacity, head_dim)
         if landmarks_tie:
             # of those before the last k only the latest can be chosen: the latest first, in a stable order
-            scores = torch.linalg.vecdot(query, landmarks[:, :1].unsqueeze(1).to(query.dtype)).flip(-1)
+            scores = torch.linalg.vecdot(query, landmarks[:, None, :1].to(query.dtype)).flip(-1)
             scores = torch.cat([scores, scores[..., -1:].expand(-1, -1, k - 1)], dim=-1)[..., : n - sinks]
-            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : k - sinks]
-            blocks[..., sinks:k] = (n - 1 - order).sort(-1).values
-            return
-        far, recent = landmarks[:, : n - k].to(query.dtype), landmarks[:, None, n - k :].to(query.dtype)
-        far, near = query[:, :, 0] @ far.transpose(1, 2), torch.linalg.vecdot(query[:, :, 1:], recent)
-        scores = torch.cat([far, near], dim=-1)
-        if self.pooled:
-            scores += storage.biases(n).flatten(0, 1).unsqueeze(1)
+            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :wanted]
+            chosen = (n - 1 - order).sort(-1).values
+        else:
+            far = landmarks.narrow(1, sinks, n - sinks).to(query.dtype)
+            scores = torch.bmm(query[:, :, 0], far.transpose(1, 2))
+            recent = min(k, n - sinks)  # sinks may be among the last k
+            near = torch.linalg.vecdot(query[:, :, -recent:], far[:, None, -recent:])
+            scores[:, :, -recent:] = near
+            if plan.pooled:
+                scores += storage.bias.flatten(0, 1).narrow(1, sinks, n - sinks).unsqueeze(1)
+            chosen = _highest(scores, wanted)
+            chosen = (chosen + sinks if sinks else chosen).sort(-1).values
         if sinks:
-            scores = scores[..., sinks:]
-        wanted = k - sinks
-        if n < FOLDED_FROM:
-            values, column = scores.topk(wanted + 1, dim=-1)
-            tied = (values[..., -1] == values[..., -2]).any()
-            column = column[..., :-1]
-        if n >= FOLDED_FROM or tied:
-            column = top_latest(scores, wanted)[1]
-        blocks[..., sinks:k] = (column + sinks if sinks else column).sort(-1).values
+            return torch.cat([plan.direct[..., :sinks], chosen, plan.direct[..., sinks:]], dim=-1)
+        return torch.cat([chosen, plan.direct], dim=-1)
 
     def _exact_weights(self, scores: Tensor) -> Tensor:
         """Weights (heads, table * block_size) of the positions, from their `scores` (heads, table, block_size)."""
@@ -223,10 +245,18 @@ class AlignedStep:
 
     def _weights(self, scores: Tensor, logit: Tensor) -> Tensor:
         """As `_exact_weights`, where earlier blocks weigh what their `logit` (heads, table - 1) says."""
-        weights = torch.zeros_like(scores)
-        earlier, own = logit.shape[1], scores[:, -1, : self.offset + 1]
-        shares = torch.cat([logit, own], dim=-1).softmax(-1)
+        weights, earlier, offset = self.plan.weights, logit.shape[1], self.offset + 1
+        shares = torch.cat([logit, scores[:, -1, :offset]], dim=-1).softmax(-1)
         tokens = scores[:, :-1, :-1].softmax(-1)
-        torch.mul(tokens, shares[:, :earlier].unsqueeze(-1), out=weights[:, :-1, :-1])
-        weights[:, -1, : self.offset + 1] = shares[:, earlier:]
+        torch.mul(tokens, shares[:, :earlier, None], out=weights[:, :-1, :-1])
+        weights[:, -1, :offset] = shares[:, earlier:]
         return weights
+
+
+def _highest(scores: Tensor, number: int) -> Tensor:
+    """Columns (..., number) of the highest of `scores` (..., more), in any order; of equal ones the later."""
+    if scores.shape[-1] < FOLDED_FROM:
+        values, column = scores.topk(number + 1, dim=-1)
+        if not (values[..., -1] == values[..., -2]).any():
+            return column[..., :-1]
+    return top_latest(scores, number)[1]

@@ -26,7 +26,6 @@ from landmark_llama.reading.choice import choose_blocks, with_sinks
 from landmark_llama.reading.highest import top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import recorder
-from landmark_llama.rows.documents import find_documents
 
 
 @dataclass(frozen=True)
