@@ -22,10 +22,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from landmark_llama.attention import WholeRows
 from landmark_llama.attention.pooling import prior_of_heads
@@ -36,6 +36,7 @@ from landmark_llama.calibration import CalibratedAttention
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkConfig, LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.language_model import LandmarkForCausalLM, keep
+from landmark_llama.plain import gated_mlp, is_untouched, linear, rms_norm
 from landmark_llama.pretrained import LandmarkPreTrained
 from landmark_llama.reading.aligned import AlignedStep, step_of
 from landmark_llama.reading.cache import LandmarkCache
@@ -65,7 +66,7 @@ class LandmarkAttention(CalibratedAttention):
         positions and cache stay None: the view knows them.
         """
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        key, value = self._key(hidden_states, shape), self.v_proj(hidden_states).view(shape)
+        key, value = self._key(hidden_states, shape), linear(self.v_proj, hidden_states).view(shape)
         pooled = self.config.landmark_key == "pooled"
         query = None if fill_cache_only and not pooled else self._query(hidden_states, shape)
         rotary = self._rotary(rotary)
@@ -82,15 +83,15 @@ class LandmarkAttention(CalibratedAttention):
         if to_query is not None:
             settings["landmark_query"] = (query + to_query.view(shape)).to(query.dtype)
         output = view.attend(query, key, value, **settings)
-        return self.o_proj(output.flatten(2)), None
+        return linear(self.o_proj, output.flatten(2)), None
 
     def _query(self, hidden_states: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Queries (batch, columns, heads, head_dim), not rotated; `shape` with -1 for the heads."""
-        return self.q_proj(hidden_states).view(shape)
+        return linear(self.q_proj, hidden_states).view(shape)
 
     def _key(self, hidden_states: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Keys (batch, columns, kv_heads, head_dim), not rotated."""
-        return self.k_proj(hidden_states).view(shape)
+        return linear(self.k_proj, hidden_states).view(shape)
 
     def _rotary(self, rotary: RotaryTable) -> RotaryTable:
         """The table that this layer rotates by."""
@@ -101,9 +102,12 @@ class LandmarkDecoderLayer:
     """Goes in front of a dense decoder layer: landmark attention in place of its own.
 
     attention_class: of the attention.
+    mlp_class, norm_class: of the dense layer's other parts, which do what LLaMA's do.
     """
 
     attention_class: ClassVar[type[LandmarkAttention]]
+    mlp_class: ClassVar[type[nn.Module]]
+    norm_class: ClassVar[type[nn.Module]]
 
     def __init__(self, config: LandmarkConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -115,6 +119,15 @@ class LandmarkDecoderLayer:
             return super().forward(hidden_states, **attention)
         self.self_attn(self.input_layernorm(hidden_states), fill_cache_only=True, **attention)
         return None
+
+    def decode(self, states: Tensor, **attention: Any) -> Tensor:
+        """As `forward`, in a decoding step: with less around it, where nothing hangs on it."""
+        if not (is_untouched(self) and is_untouched(self.self_attn)):
+            return self(states, **attention)
+        normed = rms_norm(self.input_layernorm, states, self.norm_class)
+        states = states + self.self_attn.forward(normed, **attention)[0]
+        normed = rms_norm(self.post_attention_layernorm, states, self.norm_class)
+        return states + gated_mlp(self.mlp, normed, self.mlp_class)
 
 
 class LandmarkModel(LandmarkPreTrained, StreamingMixin):
@@ -249,7 +262,9 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
         alone = isinstance(step, AlignedStep)  # without landmarks
         states = self.embed_tokens(content) if alone else self._embed(content, step.source)
-        states = self._through_layers(states, step, self._rotary_table(content.device))
+        rotary = self._rotary_table(content.device)
+        for layer in self.layers:
+            states = layer.decode(states, view=step, rotary=rotary)
         step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
         step.cache.read_by(self, step.settings)
         return self.norm(keep(states, logits_to_keep) if alone else _take(states, keep(step.output, logits_to_keep)))
@@ -292,7 +307,7 @@ class LandmarkLlamaAttention(LandmarkAttention, LlamaAttention):
 class LandmarkLlamaDecoderLayer(LandmarkDecoderLayer, LlamaDecoderLayer):
     """LLaMA's layer with landmark attention."""
 
-    attention_class = LandmarkLlamaAttention
+    attention_class, mlp_class, norm_class = LandmarkLlamaAttention, LlamaMLP, LlamaRMSNorm
 
 
 class LandmarkLlamaModel(LandmarkModel, LlamaModel):
