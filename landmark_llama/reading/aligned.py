@@ -65,6 +65,9 @@ class AlignedBlock(NamedTuple):
 
     made_for: what it follows from.
     candidates: how many blocks may be retrieved; 0 where none need be, as all that may be read fit the table.
+    first: the first block that is read directly.
+    gathered: blocks of the table that are gathered for each query head. Direct ones are read where they lie, if several
+        query heads share them.
     direct: (pairs, group, table or fewer): the blocks read directly, and before them the sinks, if blocks are
         retrieved.
     row: (pairs, 1, 1): where the blocks of a pair begin among those of all.
@@ -78,6 +81,8 @@ class AlignedBlock(NamedTuple):
     pooled: bool
     block: int
     candidates: int
+    first: int
+    gathered: int
     direct: Tensor
     row: Tensor
     tables: list[tuple[Tensor, Tensor]]
@@ -108,6 +113,8 @@ class AlignedBlock(NamedTuple):
             pooled,
             block,
             candidates if retrieves else 0,
+            first,
+            0 if not retrieves else length if heads == kv_heads else k,
             direct.repeat(pairs, heads // kv_heads, 1),
             torch.arange(0, pairs * capacity, capacity).view(-1, 1, 1),
             tables,
@@ -171,40 +178,58 @@ class AlignedStep:
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
         storage, plan, shape = self.storages[layer_idx], self.plan, query.shape
-        (pairs, group, _), head_dim, heads = plan.direct.shape, shape[3], len(plan.weights)
-        still = isinstance(rotary, StillTable)
+        (pairs, group, _), head_dim, still = plan.direct.shape, shape[3], isinstance(rotary, StillTable)
         storage.write_token(turn(key, *self.own_angle[still]), value, plan.block, self.offset)
         # (pairs, group, distances, head_dim)
-        query = scoring = turn((query * scale).view(pairs, group, 1, head_dim), *self.angles[still])
+        rotated = scoring = turn((query * scale).view(pairs, group, 1, head_dim), *self.angles[still])
         if landmark_query is not None:
             scoring = turn((landmark_query * scale).view(pairs, group, 1, head_dim), *self.angles[still])
         blocks = plan.direct
         if plan.candidates:
             blocks = self._choose(scoring, storage, layer_idx == 0 and not plan.pooled)
+            # of the last candidates and the direct blocks, each is read at its own distance; those before, one farther
             near = (blocks >= plan.candidates - plan.settings.num_retrieved_blocks).unsqueeze(-1)
-            query = torch.where(near, query[:, :, 1:], query[:, :, :-1])
+            rotated = torch.where(near, rotated[:, :, 1:], rotated[:, :, :-1])
             if landmark_query is not None:
                 scoring = torch.where(near, scoring[:, :, 1:], scoring[:, :, :-1])
-        index = (blocks + plan.row).view(-1)
-        # (heads * table, block_size, head_dim)
-        keys, values = (
-            stored.view(-1, stored.shape[3] * head_dim).index_select(0, index)
-            for stored in (storage.key, storage.value)
-        )
-        keys = keys.view(len(index), -1, head_dim).to(query.dtype)
-        scores = torch.bmm(keys, query.reshape(len(index), head_dim, 1)).view(plan.weights.shape)
+        index = blocks + plan.row
+        scores, values = self._score(rotated, storage, index)
         if plan.settings.exact_weights:
             weights = self._exact_weights(scores)
         else:
             logit = scores[:, :-1, -1]
             if landmark_query is not None:
-                landmark = keys[:, -1].view(scoring.shape)
-                logit = torch.linalg.vecdot(scoring, landmark)[:, :, :-1].flatten(0, 1)
+                landmark = storage.landmark.view(-1, head_dim)[index[..., :-1]].to(scoring.dtype)
+                logit = torch.linalg.vecdot(scoring[:, :, :-1], landmark).flatten(0, 1)
             if plan.pooled:
-                logit = logit + storage.bias.view(-1)[index].view(heads, -1)[:, :-1]
+                logit = logit + storage.bias.view(-1)[index[..., :-1]].flatten(0, 1)
             weights = self._weights(scores, logit)
-        values = values.view(heads, -1, head_dim).to(weights.dtype)
-        return torch.bmm(weights.view(heads, 1, -1), values).view(shape).to(value.dtype)
+        outputs, parts = [], weights.view(len(weights), -1).split([x.shape[1] for x in values], dim=1)
+        for part, x in zip(parts, values, strict=True):
+            outputs.append(torch.bmm(part.view(len(x), -1, x.shape[1]), x.to(part.dtype)).view(-1, head_dim))
+        return sum(outputs[1:], start=outputs[0]).view(shape).to(query.dtype)
+
+    def _score(self, query: Tensor, storage: DeviceStorage, index: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Scores (heads, table, block_size) of all positions, and their values, (heads or pairs, positions, head_dim)
+        in one part or two.
+
+        query: (pairs, group, table, head_dim), rotated to the distances of the blocks `index` (pairs, group, table).
+        """
+        gathered, head_dim, heads = self.plan.gathered, query.shape[-1], len(self.plan.weights)
+        table, scores, values = index.shape[-1], [], []
+        if gathered:
+            chosen = index[..., :gathered].flatten()
+            key, value = (x.view(-1, x.shape[3] * head_dim).index_select(0, chosen) for x in storage.resident)
+            key = key.view(len(chosen), -1, head_dim).to(query.dtype)
+            asking = query[:, :, :gathered].reshape(len(chosen), head_dim, 1)
+            scores.append(torch.bmm(key, asking).view(heads, gathered, -1))
+            values.append(value.view(heads, -1, head_dim))
+        if gathered < table:
+            key, value = (x.narrow(2, self.plan.first, table - gathered).flatten(0, 1) for x in storage.resident)
+            direct = key.to(query.dtype) @ query[:, :, gathered:].permute(0, 2, 3, 1)
+            scores.append(direct.permute(0, 3, 1, 2).flatten(0, 1))
+            values.append(value.flatten(1, 2))
+        return torch.cat(scores, dim=1) if len(scores) > 1 else scores[0], values
 
     def _choose(self, query: Tensor, storage: DeviceStorage, landmarks_tie: bool) -> Tensor:
         """The blocks (pairs, group, table) that each query reads, those retrieved as `choose_blocks` chooses them.
