@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from landmark_llama.configuration import LandmarkConfig
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
 from landmark_llama.reading.saved import SavedMixin
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
-
-if TYPE_CHECKING:
-    from landmark_llama.reading.aligned import AlignedBlock
 
 
 class LandmarkCacheLayer(CacheLayerMixin):
@@ -96,7 +93,7 @@ class LandmarkCache(SavedMixin, Cache):
         self.graphs = DecodingGraphs() if cuda_graphs else None
         self._first_ties = config.landmark_key == "token"  # layer 0's landmark keys depend on their positions alone
         super().__init__(layers=self._new_layers(config.num_hidden_layers))
-        self.aligned_block: AlignedBlock | None = None  # kept for the next decoding step
+        self.aligned_block: tuple | None = None  # kept from one decoding step to the next (`reading/aligned.py`)
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
         self._saved: Tensor | int = 0  # (batch,): of them, those of a saved memory, which stand before all columns
