@@ -251,11 +251,19 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         weight = self.embed_tokens.weight
         return cache.graphs.can_record(cache.storages, weight.dtype, self._rotary_table(weight.device))
 
-    def _step_of(self, input_ids: Tensor, *call: Any) -> AlignedStep | DecodingStep | None:
+    def _step_of(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: LandmarkCache,
+        retrieval: tuple,
+    ) -> AlignedStep | DecodingStep | None:
         """The decoding step that a call is, on a CPU; None if it is anything else."""
-        if input_ids.device.type != "cpu":
+        if input_ids.device.type != "cpu" or self._records_steps(cache):
             return None
-        return step_of(self.config, input_ids, *call, self._rotary_table(input_ids.device))
+        rotary = self._rotary_table(input_ids.device)
+        return step_of(self.config, input_ids, attention_mask, position_ids, cache, retrieval, rotary)
 
     @torch.no_grad()
     def _decode(self, content: Tensor, step: DecodingStep | AlignedStep, logits_to_keep: int | Tensor) -> Tensor:
