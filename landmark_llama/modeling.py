@@ -12,6 +12,7 @@ takes a layer's queries, keys and values, not rotated, and returns its attention
     Segment        training with a cache: the call is one segment of a longer text
     Table          reading through a cache: one chunk of a call, whose queries read a table of blocks
     DecodingStep   the same for one new token a row, on a CPU
+    AlignedStep    the same where all rows stand at one position
 
 Callers see plain coordinates: landmarks enter and leave the text in here.
 """
@@ -21,10 +22,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from landmark_llama.attention import WholeRows
 from landmark_llama.attention.pooling import prior_of_heads
@@ -35,7 +36,9 @@ from landmark_llama.calibration import CalibratedAttention
 from landmark_llama.checkpoints.conversion import FromLlamaMixin
 from landmark_llama.configuration import LandmarkConfig, LandmarkLlamaConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.language_model import LandmarkForCausalLM, keep
+from landmark_llama.plain import gated_mlp, is_untouched, linear, rms_norm
 from landmark_llama.pretrained import LandmarkPreTrained
+from landmark_llama.reading.aligned import AlignedStep, step_of
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.segments import Segment, check_segment
@@ -63,7 +66,7 @@ class LandmarkAttention(CalibratedAttention):
         positions and cache stay None: the view knows them.
         """
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        key, value = self._key(hidden_states, shape), self.v_proj(hidden_states).view(shape)
+        key, value = self._key(hidden_states, shape), linear(self.v_proj, hidden_states).view(shape)
         pooled = self.config.landmark_key == "pooled"
         query = None if fill_cache_only and not pooled else self._query(hidden_states, shape)
         rotary = self._rotary(rotary)
@@ -80,15 +83,15 @@ class LandmarkAttention(CalibratedAttention):
         if to_query is not None:
             settings["landmark_query"] = (query + to_query.view(shape)).to(query.dtype)
         output = view.attend(query, key, value, **settings)
-        return self.o_proj(output.flatten(2)), None
+        return linear(self.o_proj, output.flatten(2)), None
 
     def _query(self, hidden_states: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Queries (batch, columns, heads, head_dim), not rotated; `shape` with -1 for the heads."""
-        return self.q_proj(hidden_states).view(shape)
+        return linear(self.q_proj, hidden_states).view(shape)
 
     def _key(self, hidden_states: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Keys (batch, columns, kv_heads, head_dim), not rotated."""
-        return self.k_proj(hidden_states).view(shape)
+        return linear(self.k_proj, hidden_states).view(shape)
 
     def _rotary(self, rotary: RotaryTable) -> RotaryTable:
         """The table that this layer rotates by."""
@@ -99,9 +102,12 @@ class LandmarkDecoderLayer:
     """Goes in front of a dense decoder layer: landmark attention in place of its own.
 
     attention_class: of the attention.
+    mlp_class, norm_class: of the dense layer's other parts, which do what LLaMA's do.
     """
 
     attention_class: ClassVar[type[LandmarkAttention]]
+    mlp_class: ClassVar[type[nn.Module]]
+    norm_class: ClassVar[type[nn.Module]]
 
     def __init__(self, config: LandmarkConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -113,6 +119,15 @@ class LandmarkDecoderLayer:
             return super().forward(hidden_states, **attention)
         self.self_attn(self.input_layernorm(hidden_states), fill_cache_only=True, **attention)
         return None
+
+    def decode(self, states: Tensor, **attention: Any) -> Tensor:
+        """As `forward`, in a decoding step: with less around it, where nothing hangs on it."""
+        if not (is_untouched(self) and is_untouched(self.self_attn)):
+            return self(states, **attention)
+        normed = rms_norm(self.input_layernorm, states, self.norm_class)
+        states = states + self.self_attn.forward(normed, **attention)[0]
+        normed = rms_norm(self.post_attention_layernorm, states, self.norm_class)
+        return states + gated_mlp(self.mlp, normed, self.mlp_class)
 
 
 class LandmarkModel(LandmarkPreTrained, StreamingMixin):
@@ -164,20 +179,20 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         if cache is not None and not isinstance(cache, LandmarkCache):
             problem = f"past_key_values: a {type(cache).__name__} cannot hold landmark blocks"
             raise ValueError(f"{problem}; pass LandmarkCache(model.config)")
+        retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
+        only_ids = input_ids is not None and input_ids.dim() == 2 and inputs_embeds is None and cu_seq_lens_q is None
+        if cache is not None and only_ids and seq_idx is None and not (self.training or output_hidden_states):
+            step = self._step_of(input_ids, attention_mask, position_ids, cache, retrieval)
+            if step is not None:
+                last = self._decode(input_ids, step, logits_to_keep)
+                return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
+
         content = check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         if cu_seq_lens_q is not None or seq_idx is not None:
             position_ids = packed_positions(content.shape[:2], position_ids, cu_seq_lens_q, seq_idx)
         if self.training and not self._landmark_row_checked:
             self._landmark_row_checked = True
             warn_of_frozen_landmark(self)
-        retrieval = (num_retrieved_blocks, num_local_blocks, local_attention, retrieval_granularity)
-        if not (self.training or output_hidden_states or self._records_steps(cache)):
-            where = attention_mask, position_ids, cache, retrieval, self._rotary_table(content.device)
-            step = DecodingStep.of(self.config, content, *where)
-            if step is not None:
-                last = self._decode(content, step, logits_to_keep)
-                return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
-
         before = None if cache is None else cache.ordinary_tokens(len(content))
         rows = Rows.of(self.config, content, attention_mask, position_ids, before)
         output, hidden_states = keep(rows.layout.output, logits_to_keep), None
@@ -236,13 +251,31 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         weight = self.embed_tokens.weight
         return cache.graphs.can_record(cache.storages, weight.dtype, self._rotary_table(weight.device))
 
+    def _step_of(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: LandmarkCache,
+        retrieval: tuple,
+    ) -> AlignedStep | DecodingStep | None:
+        """The decoding step that a call is, on a CPU; None if it is anything else."""
+        if input_ids.device.type != "cpu" or self._records_steps(cache):
+            return None
+        rotary = self._rotary_table(input_ids.device)
+        return step_of(self.config, input_ids, attention_mask, position_ids, cache, retrieval, rotary)
+
     @torch.no_grad()
-    def _decode(self, content: Tensor, step: DecodingStep, logits_to_keep: int | Tensor) -> Tensor:
+    def _decode(self, content: Tensor, step: DecodingStep | AlignedStep, logits_to_keep: int | Tensor) -> Tensor:
         """States (batch, outputs, hidden_size) of a decoding step's tokens, or of the landmarks in their place."""
-        states = self._through_layers(self._embed(content, step.source), step, self._rotary_table(content.device))
+        alone = isinstance(step, AlignedStep)  # without landmarks
+        states = self.embed_tokens(content) if alone else self._embed(content, step.source)
+        rotary = self._rotary_table(content.device)
+        for layer in self.layers:
+            states = layer.decode(states, view=step, rotary=rotary)
         step.cache.advance(torch.ones(content.shape, dtype=torch.bool))
         step.cache.read_by(self, step.settings)
-        return self.norm(_take(states, keep(step.output, logits_to_keep)))
+        return self.norm(keep(states, logits_to_keep) if alone else _take(states, keep(step.output, logits_to_keep)))
 
     def _through_layers(
         self, states: Tensor, view: View, rotary: RotaryTable, *, fill_cache_only: bool = False
@@ -282,7 +315,7 @@ class LandmarkLlamaAttention(LandmarkAttention, LlamaAttention):
 class LandmarkLlamaDecoderLayer(LandmarkDecoderLayer, LlamaDecoderLayer):
     """LLaMA's layer with landmark attention."""
 
-    attention_class = LandmarkLlamaAttention
+    attention_class, mlp_class, norm_class = LandmarkLlamaAttention, LlamaMLP, LlamaRMSNorm
 
 
 class LandmarkLlamaModel(LandmarkModel, LlamaModel):

@@ -90,8 +90,9 @@ def test_reading_a_long_prompt_makes_room_once_and_for_some_tokens_to_come(monke
     monkeypatch.setattr("landmark_llama.reading.groups.CHUNK_POSITIONS", 300)
     model, cache = tiny_model(), LandmarkCache(tiny_model().config)
     storage, capacities = cache.layers[0].storage, []
-    write = storage.write
-    storage.write = lambda *args: (write(*args), capacities.append(storage.capacity))
+    for name in ("write", "write_token"):
+        write = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda *args, w=write: (w(*args), capacities.append(storage.capacity)))
     blocks = 400
     with torch.no_grad():
         model(random_ids(1, blocks * (model.config.block_size - 1)), past_key_values=cache)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+)
 
 from landmark_llama.configuration import Family, LandmarkConfig
 from landmark_llama.language_model import LandmarkForCausalLM
@@ -24,7 +29,7 @@ class LandmarkMistralAttention(LandmarkAttention, MistralAttention):
 class LandmarkMistralDecoderLayer(LandmarkDecoderLayer, MistralDecoderLayer):
     """Mistral's layer with landmark attention."""
 
-    attention_class = LandmarkMistralAttention
+    attention_class, mlp_class, norm_class = LandmarkMistralAttention, MistralMLP, MistralRMSNorm
 
 
 class LandmarkMistralModel(LandmarkModel, MistralModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
 from landmark_llama.configuration import Family, LandmarkConfig
 from landmark_llama.language_model import LandmarkForCausalLM
@@ -26,7 +26,7 @@ class LandmarkQwen2Attention(LandmarkAttention, Qwen2Attention):
 class LandmarkQwen2DecoderLayer(LandmarkDecoderLayer, Qwen2DecoderLayer):
     """Qwen2's layer with landmark attention."""
 
-    attention_class = LandmarkQwen2Attention
+    attention_class, mlp_class, norm_class = LandmarkQwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
 
 class LandmarkQwen2Model(LandmarkModel, Qwen2Model):

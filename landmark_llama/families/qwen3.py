@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 from landmark_llama.configuration import Family, LandmarkConfig
 from landmark_llama.language_model import LandmarkForCausalLM
@@ -31,7 +31,7 @@ class LandmarkQwen3Attention(LandmarkAttention, Qwen3Attention):
 class LandmarkQwen3DecoderLayer(LandmarkDecoderLayer, Qwen3DecoderLayer):
     """Qwen3's layer with landmark attention."""
 
-    attention_class = LandmarkQwen3Attention
+    attention_class, mlp_class, norm_class = LandmarkQwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 
 class LandmarkQwen3Model(LandmarkModel, Qwen3Model):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 from transformers import SmolLM3Config, SmolLM3ForCausalLM, SmolLM3Model
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3DecoderLayer
+from transformers.models.smollm3.modeling_smollm3 import (
+    SmolLM3Attention,
+    SmolLM3DecoderLayer,
+    SmolLM3MLP,
+    SmolLM3RMSNorm,
+)
 
 from landmark_llama.attention.rotary import RotaryTable, StillTable
 from landmark_llama.configuration import Family, LandmarkConfig
@@ -40,7 +45,7 @@ class LandmarkSmolLM3Attention(LandmarkAttention, SmolLM3Attention):
 class LandmarkSmolLM3DecoderLayer(LandmarkDecoderLayer, SmolLM3DecoderLayer):
     """SmolLM3's layer with landmark attention."""
 
-    attention_class = LandmarkSmolLM3Attention
+    attention_class, mlp_class, norm_class = LandmarkSmolLM3Attention, SmolLM3MLP, SmolLM3RMSNorm
 
 
 class LandmarkSmolLM3Model(LandmarkModel, SmolLM3Model):

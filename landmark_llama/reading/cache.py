@@ -93,6 +93,7 @@ class LandmarkCache(SavedMixin, Cache):
         self.graphs = DecodingGraphs() if cuda_graphs else None
         self._first_ties = config.landmark_key == "token"  # layer 0's landmark keys depend on their positions alone
         super().__init__(layers=self._new_layers(config.num_hidden_layers))
+        self.aligned_block: tuple | None = None  # kept from one decoding step to the next (`reading/aligned.py`)
         self._real: Tensor | None = None  # (batch, columns) boolean, on the CPU: which columns held an ordinary token
         self._ordinary: Tensor | None = None  # (batch,): how many; summing them at each step takes long in long texts
         self._saved: Tensor | int = 0  # (batch,): of them, those of a saved memory, which stand before all columns

@@ -26,7 +26,6 @@ from landmark_llama.reading.choice import choose_blocks, with_sinks
 from landmark_llama.reading.highest import top_latest
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import recorder
-from landmark_llama.rows.documents import find_documents
 
 
 @dataclass(frozen=True)
@@ -61,32 +60,10 @@ class DecodingStep:
 
     @classmethod
     def of(
-        cls,
-        config: LandmarkConfig,
-        content: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: LandmarkCache | None,
-        retrieval: tuple,
-        rotary: RotaryTable,
-    ) -> DecodingStep | None:
-        """The step that a call is, or None if it is more than that.
-
-        Args:
-            content: ids (batch, 1) for a step; more columns, embeddings, or tensors of a GPU make no step.
-            position_ids: checked, and otherwise of no use: a cache holds one document a row.
-            retrieval: arguments of `LandmarkConfig.retrieval`.
-            rotary: holds every position that a step can ask for.
-        """
-        step = cache is not None and content.dim() == 2 and content.shape[1] == 1 and content.device.type == "cpu"
-        if not step or attention_mask is not None and not attention_mask[:, -1].all():
-            return None
-        if (content == config.landmark_token_id).any():
-            return None
-        settings, block_size = config.retrieval(*retrieval), config.block_size
-        ordinary = cache.ordinary_tokens(len(content))
-        if position_ids is not None:
-            find_documents(position_ids, torch.ones(content.shape, dtype=torch.bool), ordinary, cached=True)
+        cls, config: LandmarkConfig, cache: LandmarkCache, batch: int, settings: RetrievalSettings, rotary: RotaryTable
+    ) -> DecodingStep:
+        """The step of `batch` rows. `rotary` holds every position that it can ask for."""
+        block_size, ordinary = config.block_size, cache.ordinary_tokens(batch)
         start = ordinary + ordinary // (block_size - 1)
         block, offset = (start // block_size).unsqueeze(1), (start % block_size).unsqueeze(1)
         completes = offset == block_size - 2
@@ -95,11 +72,13 @@ class DecodingStep:
         k, number = settings.num_retrieved_blocks, (block - num_direct).clamp_min(0)
         most = int(number.max()) if k else 0
         place, still = (
-            None if table is None else _places(table, block_size, num_direct + 1, k if most else 0).at(offset + column)
+            None
+            if table is None
+            else turning_tables(table, block_size, num_direct + 1, k if most else 0).at(offset + column)
             for table in (rotary, rotary.still)
         )
         return cls(
-            source=column.expand(len(content), -1),
+            source=column.expand(batch, -1),
             output=completes.long() if config.predict_from_landmark else torch.zeros_like(completes, dtype=torch.long),
             start=start,
             stop=int(start.max()) + len(column),
@@ -236,20 +215,20 @@ class Places(NamedTuple):
 
         Returns (batch, kv_heads, group, columns, distances, head_dim).
         """
-        query = _turn(query.unsqueeze(-2), self.cos, self.sin) * scale  # (batch, columns, heads, distances, head_dim)
+        query = turn(query.unsqueeze(-2), self.cos, self.sin) * scale  # (batch, columns, heads, distances, head_dim)
         return query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4, 5)
 
     def turn_key(self, key: Tensor) -> Tensor:
         """`key` (batch, columns, kv_heads, head_dim), rotated by its offset."""
-        return _turn(key, self.cos[..., -1, :], self.sin[..., -1, :])
+        return turn(key, self.cos[..., -1, :], self.sin[..., -1, :])
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(sin.dtype), sin)
 
 
 @functools.lru_cache(maxsize=8)
-def _places(rotary: RotaryTable, block_size: int, num_direct: int, k: int) -> Places:
+def turning_tables(rotary: RotaryTable, block_size: int, num_direct: int, k: int) -> Places:
     """Tables over all offsets in a block, (block_size, ...). `num_direct`: blocks read directly, the own included."""
     offset, distance = torch.arange(block_size), torch.arange(num_direct + k - (not k), -1, -1)
     half = rotary.cos.shape[-1]

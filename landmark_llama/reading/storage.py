@@ -168,6 +168,15 @@ class DeviceStorage:
             self._pool(row, touched, position[:, :1], prior)
         self.landmark[row, :, touched] = self.key[row, :, touched, -1]
 
+    def write_token(self, key: Tensor, value: Tensor, block: int, offset: int) -> None:
+        """As `write` of one position in a block that it does not complete, for which there is room.
+
+        key, value: (batch, 1, kv_heads, head_dim); all rows stand at `offset` of `block`.
+        """
+        self.repeated.forget(block)
+        for stored, x in ((self.key, key), (self.value, value)):
+            stored[:, :, block, offset] = x[:, 0]
+
     def _pool(self, row: Tensor, block: Tensor, start: Tensor, prior: Prior) -> None:
         """Pools the landmark keys of `block` (batch, touched); of incomplete ones they are never read."""
         column = (block + 1) * self.block_size - 1 - start
