@@ -53,9 +53,9 @@ def train(reader: Reader, bench: Bench, method: Method, corpus: Corpus, seed: in
     """Trains a reader; what it took: seconds, tokens, last loss, parameters."""
     rows, set_up = corpus.rows(seed, method.steps), arguments(bench.training, method.steps, seed, device, folder)
     trainer = Trainer(model=reader, args=set_up, train_dataset=rows, callbacks=[Progress()])
-    start = time.perf_counter()
+    start = clock(device)
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds = clock(device) - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "seconds": round(seconds, 2),
@@ -64,6 +64,14 @@ def train(reader: Reader, bench: Bench, method: Method, corpus: Corpus, seed: in
         "loss": round(losses[-1], 4) if losses else None,
         "parameters": sum(weight.numel() for weight in reader.parameters()),
     }
+
+
+def clock(device: str) -> float:
+    """Seconds, of which differences count: of the wall on a GPU, of this process on a CPU, whatever else runs there."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
 
 
 def arguments(training: Training, steps: int, seed: int, device: str, folder: Path) -> TrainingArguments:
