@@ -8,7 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding, repeat_kv, rotate_half
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaModel,
+    LlamaRotaryEmbedding,
+    repeat_kv,
+    rotate_half,
+)
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,20 +31,27 @@ def through_layers(model: LlamaModel, states: Tensor, attend: Attend) -> Tensor:
     return model.norm(states)
 
 
-def through_layer(layer, states: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """One decoder layer of states (B, T, C)."""
+def through_layer(
+    layer: LlamaDecoderLayer,
+    states: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    beside: Tensor | float = 0.0,
+) -> Tensor:
+    """One decoder layer of states (B, T, C).
+
+    beside: (B, T, C), added to the states together with what the layer attends to.
+    """
     attention = layer.self_attn
     query, key, value = project(attention, layer.input_layernorm(states))
     attended = attend(query, key, value).transpose(1, 2).flatten(2)
-    states = states + attention.o_proj(attended)
+    states = states + attention.o_proj(attended) + beside
     return states + layer.mlp(layer.post_attention_layernorm(states))
 
 
-def project(attention, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attention: LlamaAttention, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value (B, H, T, D) of normalised states (B, T, C)."""
-    heads = (*states.shape[:2], -1, attention.head_dim)
     query, key, value = (
-        projection(states).view(heads).transpose(1, 2)
+        projection(states).unflatten(-1, (projection.out_features // attention.head_dim, -1)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     return query, repeat_kv(key, attention.num_key_value_groups), repeat_kv(value, attention.num_key_value_groups)
