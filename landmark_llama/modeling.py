@@ -210,7 +210,7 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
             whole = TaughtRows(**vars(whole), **far)
         longest = config.train_context_length
         if shard is not None:
-            check_shard(config, rows, shard, cache, training=self.training)
+            check_shard(config, rows, shard, cached=cache is not None, training=self.training)
             return HeadParallelRows(whole, shard)
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from landmark_llama.attention.context_parallel import ContextShard
-    from landmark_llama.reading.cache import LandmarkCache
     from landmark_llama.rows.layout import Rows
 
 
@@ -65,9 +64,7 @@ def check_streaming(config: LandmarkConfig, length: int, *, training: bool, outp
         )
 
 
-def check_shard(
-    config: LandmarkConfig, rows: Rows, shard: ContextShard, cache: LandmarkCache | None, *, training: bool
-) -> None:
+def check_shard(config: LandmarkConfig, rows: Rows, shard: ContextShard, *, cached: bool, training: bool) -> None:
     """Raises a ValueError if `rows` are not this process's part of rows that several processes hold together."""
     tokens, total = shard.tokens[shard.part], sum(shard.tokens)
     if (rows.layout.ordinary != tokens).any() or rows.real.shape[1] != tokens:
@@ -75,7 +72,7 @@ def check_shard(
             f"context_shard: part {shard.part} has {tokens} tokens of each row, but the call brings "
             f"{rows.layout.ordinary.tolist()}; rows are cut by context_shard.cut, without padding and landmarks"
         )
-    if rows.begins is not None or cache is not None:
+    if rows.begins is not None or cached:
         raise ValueError("context_shard: one document a row and no cache; leave out position_ids and past_key_values")
     positions = total + total // (config.block_size - 1)
     if positions > config.train_context_length:
