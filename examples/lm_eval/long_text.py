@@ -1,4 +1,4 @@
-"""The texts of the lm-eval task `long_text`: files or folders of .txt (a text each), .jsonl or .parquet (`text` a row)."""
+"""The texts of the lm-eval task `long_text`: .txt files (a text each), .jsonl and .parquet (a row's `text`)."""
 
 from pathlib import Path
 
@@ -19,7 +19,8 @@ def load(files: str | list[str] = (), **unused: object) -> dict[str, datasets.Da
     kinds = {KINDS[Path(path).suffix] for path in found}
     if len(kinds) != 1:
         raise ValueError(
-            f"--metadata files={files!r}: {len(found)} files of {len(kinds)} kinds; name text files, JSON lines or parquet"
+            f"--metadata files={files!r}: {len(found)} files of {len(kinds)} kinds; name text files, JSON "
+            "lines or parquet"
         )
     settings = {"sample_by": "document"} if kinds == {"text"} else {}
     texts = datasets.load_dataset(kinds.pop(), data_files=found, split="train", **settings)
