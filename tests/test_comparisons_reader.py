@@ -11,6 +11,14 @@ METHODS = {
     "dense yarn": {"reading": "yarn"},
     "window": {"sinks": 2},
     "landmark": {"block_size": 5, "k": 1, "stream": True},
+    "quest": {"page": 4, "pages": 100},
+    "minference": {"pattern": "a_shape"},
+    "temp_lora": {"context": 8},
+    "routing": {"clusters": 3, "members": 4},
+    "transformer_vq": {"codes": 6},
+    "perceiver_ar": {"context": 80},
+    "memsizer": {"slots": 5},
+    "taipan": {"every": 1, "window": 6, "budget": 0.5},
 }
 
 

@@ -4,8 +4,8 @@ Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs vi
 2407.02490. Heads of long-context models look at few places, in patterns that can be found cheaply:
 pattern="a_shape": the text's first `sinks` tokens and the nearest `window`.
 pattern="vertical_slash": the last `asked` queries of the prompt attend densely. The `verticals` tokens and the
-`slashes` distances (in blocks of `block` tokens, the nearest two always) at which they look most are what all queries of
-the head look at. Such a pattern is made of a prompt's end: it is no forecast and has no perplexity.
+`slashes` distances (in blocks of `block` tokens, the nearest two always) at which they look most are what all queries
+of the head look at. Such a pattern is made of a prompt's end: it is no forecast and has no perplexity.
 Decoding is dense. No weight is trained. The paper chooses a pattern for each head beforehand; here all have one.
 
 Invariant: with room for the whole text both are the dense model, and a query's output is softmax attention over

@@ -1,8 +1,8 @@
 """Quest: a dense model, each of whose queries reads only the pages of the cache that may matter most to it.
 
-Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774. The cache is cut
-into pages; of each, the least and the greatest value of every channel of its keys are kept. For a query q,
-`sum_d max(q_d low_d, q_d high_d)` is no less than any score in the page. The `pages` pages with the greatest bounds are
+Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774. The cache is
+cut into pages; of each, the least and the greatest value of every channel of its keys are kept. For a query q, `sum_d
+max(q_d low_d, q_d high_d)` is no less than any score in the page. The `pages` pages with the greatest bounds are
 read, for each query head by itself, and the page that is being filled. The first `dense_layers` layers read all. No
 weight is trained. Prompts are read densely, as in the paper; losses are those of tokens decoded one by one.
 
