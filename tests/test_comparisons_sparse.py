@@ -64,6 +64,9 @@ def test_an_a_shape_is_the_sinks_and_the_window_however_the_text_is_cut() -> Non
     unseen[:, 3:30] = (unseen[:, 3:30] + 5) % 40
     torch.testing.assert_close(states_of(model, unseen)[:, 35:], states[:, 35:])
     assert not torch.allclose(states_of(model, unseen)[:, 34], states[:, 34], atol=1e-4)
+    sink = ids.clone()
+    sink[:, 1] = (sink[:, 1] + 5) % 40
+    assert not torch.allclose(states_of(model, sink)[:, 35:], states[:, 35:], atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [40, 37])

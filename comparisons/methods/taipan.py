@@ -27,7 +27,7 @@ from comparisons.reader import Reader
 
 
 class Selected(NamedTuple):
-    """Of one selective attention: its last tokens (B, H, window, D), which of them there are, and the share selected."""
+    """Of one selective attention: its last tokens (B, H, window, D), which there are, the share selected."""
 
     key: Tensor
     value: Tensor

@@ -67,7 +67,7 @@ class TempLoraReader(Reader):
         torch.random.set_rng_state(generator_state)
         adapter = {name: tuple(x.detach().clone().requires_grad_() for x in change) for name, change in start.items()}
         weights = [x for change in adapter.values() for x in change]
-        optimiser = torch.optim.Adam(weights, lr=self.learning_rate)
+        optimiser = torch.optim.Adam(weights, lr=self.learning_rate, eps=1e-5)  # no step on noise
         with torch.enable_grad():
             for _ in range(self.steps):
                 scores = self.logits(self._states(before._replace(adapter=adapter), ids[:, :-1]))
