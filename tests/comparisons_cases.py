@@ -34,3 +34,19 @@ def loss_of(model: Reader, length: int = 64, rows: int = 2) -> Tensor:
     """The loss of training rows of so many tokens, with the graph that it came by."""
     ids = tokens(length + 1, rows)
     return model.train()(ids[:, :-1], ids[:, 1:])["loss"]
+
+
+@torch.no_grad()
+def states_of(model: Reader, ids: Tensor, cut: int | None = None) -> Tensor:
+    """States of a text (B, length), read in pieces of `cut` tokens (by default segments)."""
+    memory, states = None, []
+    for piece in ids.split(cut or model.segment, dim=1):
+        found, memory = model.read(piece, memory)
+        states.append(found)
+    return torch.cat(states, dim=1)
+
+
+@torch.no_grad()
+def dense_states(ids: Tensor, layers: int = 2) -> Tensor:
+    """Those of the base, read in one call."""
+    return base(layers).model(input_ids=ids).last_hidden_state

@@ -18,6 +18,14 @@ METHODS = {
     "recurrent_memory": {"memory": 2, "stages": 1},
     "block_recurrent": {"memory": 16, "states": 3},
     "hmt": {"sensory": 3, "recalled": 2},
+    "quest": {"page": 4, "pages": 100},
+    "minference": {"pattern": "a_shape"},
+    "temp_lora": {"context": 8},
+    "routing": {"clusters": 3, "members": 4},
+    "transformer_vq": {"codes": 6},
+    "perceiver_ar": {"context": 80},
+    "memsizer": {"slots": 5},
+    "taipan": {"every": 1, "window": 6, "budget": 0.5},
 }
 
 
