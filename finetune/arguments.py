@@ -70,6 +70,10 @@ class ModelArguments:
     num_sink_blocks: int | None = field(
         default=None, metadata={"help": "so many of the retrieved blocks are always the first ones of the text"}
     )
+    landmarks_only: bool = field(
+        default=False,
+        metadata={"help": "train the calibration of landmarks alone; needs exact block_weight and landmark_query_rank"},
+    )
     predict_from_landmark: bool | None = field(
         default=None, metadata={"help": "a block's landmark, not its last token, predicts the next block's first token"}
     )
@@ -271,6 +275,7 @@ def _suggestion(name: str, known: list[str]) -> str:
 def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapter: AdapterArguments) -> None:
     """Refuses what cannot work before anything is read or downloaded."""
     _check_adapter(model, adapter)
+    _check_landmarks_only(model, data, run, adapter)
     if (model.model_name_or_path is None) == (model.config_name is None):
         raise UserError("give one of --model_name_or_path (a checkpoint) and --config_name (random weights)")
     if model.config_name and not model.tokenizer_name:
@@ -293,6 +298,24 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
     _check_rows(data, model)
     if run.context_parallel_size != 1:
         _check_context_parallel(run, model, data)
+
+
+def _check_landmarks_only(
+    model: ModelArguments, data: DataArguments, run: RunArguments, adapter: AdapterArguments
+) -> None:
+    if not model.landmarks_only:
+        return
+    clashes = {
+        "--attention dense": model.attention == "dense",
+        f"--lora_rank {adapter.lora_rank}": adapter.lora_rank is not None,
+        f"--segments {data.segments}": data.segments > 1,
+        f"--context_parallel_size {run.context_parallel_size}": run.context_parallel_size > 1,
+        "--pack_documents apart": data.pack_documents == "apart",
+        "--gradient_checkpointing true": run.gradient_checkpointing,
+    }
+    for flag, clashes_with_it in clashes.items():
+        if clashes_with_it:
+            raise UserError(f"--landmarks_only true: cannot be combined with {flag}: leave one of them out")
 
 
 def _check_padding(multiple: int, model: ModelArguments, adapter: AdapterArguments) -> None:

@@ -41,6 +41,7 @@ from finetune.checkpoints.output import (
     METRICS,
     CompleteCheckpoints,
     disk_full_message,
+    held_out,
     prepare_output,
     record_run,
     save_finished_model,
@@ -53,6 +54,7 @@ from finetune.demo.corpus import embedded_files
 from finetune.disk import is_disk_full, write_json
 from finetune.distributed import check_context_parallel, check_distribution, whole_weights
 from finetune.kernel_check import KernelCheck
+from finetune.landmarks import LandmarksOnlyTrainer, freeze_all_but_landmarks
 from finetune.memory import memory_lines
 from finetune.models import load_model, load_tokenizer
 from finetune.passkeys import PassKeys
@@ -100,12 +102,12 @@ def finetune(
     evaluation = trainer.evaluate()
     start.model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants to generate
     save_finished_model(trainer, Path(run_args.output_dir))
-    metrics = _metrics(trainer, evaluation["eval_loss"], start.rows, start.model)
+    metrics = _metrics(trainer, evaluation["eval_loss"], start)
     if trainer.is_world_process_zero():
         output_dir = Path(run_args.output_dir)
         write_run_card(output_dir, start.model, model_args.model_name_or_path, data_args.data, metrics)
         write_json(output_dir / METRICS, metrics)
-        print(f"held-out perplexity {metrics['perplexity']:.4f}; the model is in {run_args.output_dir}")
+        print(*(f"{name} {value};" for name, value in held_out(metrics).items()), f"the model is in {output_dir}")
     return metrics
 
 
@@ -119,6 +121,7 @@ class Start:
     segments: Segments | None
     block_size: int
     landmark_token_id: int | None
+    landmarks_only: bool
     resume_from: str | None
 
     def describe(self, run_args: RunArguments) -> list[str]:
@@ -154,6 +157,8 @@ def _prepare(
         model = load_model(model_args, data_args, tokenizer, adapter_args.load_in_4bit)
     # Process 0 alone compares them, and with FSDP it alone holds them.
     weights = weights_fingerprint(model) if is_main else ""
+    if model_args.landmarks_only:
+        freeze_all_but_landmarks(model)
     if adapter_args.lora_rank:
         model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
     if run_args.context_parallel_size > 1:
@@ -162,15 +167,21 @@ def _prepare(
     segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
     rows = make_rows(data_args, tokenizer, block_size, embedded, run_args.seed, segments)
     record_run(settings, run_contents(model, weights, tokenizer, rows), run_args, resume_from)
-    return Start(model, tokenizer, rows, segments, block_size, landmark_token_id, resume_from)
+    return Start(
+        model, tokenizer, rows, segments, block_size, landmark_token_id, model_args.landmarks_only, resume_from
+    )
 
 
 def _make_trainer(start: Start, run_args: RunArguments) -> LandmarkTrainer:
     throughput = Throughput(start.block_size, start.landmark_token_id, device_peak(run_args))
     segments = start.segments
     keep, run_args.save_total_limit = run_args.save_total_limit, None
-    trainer_class = LandmarkTrainer if segments is None else partial(LandmarkSegmentTrainer, segments=segments)
-    if run_args.context_parallel_size > 1:
+    trainer_class = LandmarkTrainer
+    if start.landmarks_only:
+        trainer_class = LandmarksOnlyTrainer
+    elif segments is not None:
+        trainer_class = partial(LandmarkSegmentTrainer, segments=segments)
+    elif run_args.context_parallel_size > 1:
         context = ContextParallel.of(run_args.context_parallel_size, start.block_size)
         trainer_class = partial(LandmarkContextTrainer, context=context)
     trainer = trainer_class(
@@ -209,13 +220,14 @@ def _had_finished_training(trainer: LandmarkTrainer, checkpoint: str | None) -> 
     return finished
 
 
-def _metrics(trainer: LandmarkTrainer, eval_loss: float, rows: Rows, model: PreTrainedModel) -> dict:
+def _metrics(trainer: LandmarkTrainer, eval_loss: float, start: Start) -> dict:
+    rows, model = start.rows, start.model
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "train_loss": losses[-1] if losses else None,
         "eval_loss": eval_loss,
         # Every row has as many ordinary tokens, landmarks or not: dense and landmark perplexities compare.
-        "perplexity": math.exp(eval_loss),
+        **({"landmark_divergence": eval_loss} if start.landmarks_only else {"perplexity": math.exp(eval_loss)}),
         "steps": trainer.state.global_step,
         "train_rows": rows.train_rows,
         "eval_rows": len(rows.heldout),

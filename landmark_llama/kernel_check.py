@@ -83,13 +83,21 @@ class _ComparedRows(WholeRows):
     found: list[list[str]] = field(default_factory=list)
 
     def attend_rotated(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, landmark_query: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         if self.num_retrieved_blocks is not None or not availability.kernels_take_rows(query):
-            return super().attend_rotated(query, key, value, scale=scale, landmark_query=landmark_query)
+            landmarks = {"landmark_query": landmark_query, "landmark_prior": landmark_prior}
+            return super().attend_rotated(query, key, value, scale=scale, **landmarks)
         landmark_bias = None
         if self.pooled:
-            key, landmark_bias = pool_rows(key, query, self.block_size, scale)
+            key, landmark_bias = pool_rows(key, landmark_prior, self.block_size, scale)
         inputs = {"query": query, "key": key, "value": value}
         inputs |= {"landmark_query": landmark_query, "landmark_bias": landmark_bias}
         last = min(LAST_QUERIES, query.shape[2])

@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from landmark_llama.attention import WholeRows
 from landmark_llama.attention.context_parallel import ContextShard, HeadParallelRows
+from landmark_llama.attention.pooling import prior_of_heads
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.teaching import TaughtRows, are_collected
 from landmark_llama.attention.view import View
@@ -69,11 +70,17 @@ class LandmarkAttention(CalibratedAttention):
         query = None if fill_cache_only and not pooled else self._query(hidden_states, shape)
         rotary = self._rotary(rotary)
         settings = {"layer_idx": self.layer_idx, "rotary": rotary, "scale": self.scaling * rotary.scaling**2}
-        if fill_cache_only:
-            view.fill_cache_only(query, key, value, **settings)
-            return None, None
+        to_query = to_prior = None
         if self.landmark_calibration is not None:
-            settings["landmark_query"] = (query + self.landmark_calibration(hidden_states).view(shape)).to(query.dtype)
+            to_query, to_prior = self.landmark_calibration(hidden_states)
+        if pooled:
+            prior = prior_of_heads(query, key.shape[2])
+            settings["landmark_prior"] = prior if to_prior is None else prior + to_prior.view(prior.shape)
+        if fill_cache_only:
+            view.fill_cache_only(key, value, **settings)
+            return None, None
+        if to_query is not None:
+            settings["landmark_query"] = (query + to_query.view(shape)).to(query.dtype)
         output = view.attend(query, key, value, **settings)
         return self.o_proj(output.flatten(2)), None
 

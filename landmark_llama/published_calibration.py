@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from landmark_llama.calibration import CALIBRATION, add_calibration
+from landmark_llama.calibration import CALIBRATION, add_calibration, calibration_shapes
 from landmark_llama.checkpoints.files import open_safetensors, read_json, staged
 from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
 
@@ -99,41 +100,44 @@ def load_calibration(model: LlamaForCausalLM, folder: str | PathLike[str]) -> No
             f"{folder}: was trained with block_size={settings['block_size']}, the model has {config.block_size}: "
             "convert it with from_llama(..., **read_settings(folder))"
         )
-    if config.landmark_query_rank not in (0, settings["landmark_query_rank"]):
-        raise ValueError(
-            f"{folder}: landmark_query_rank={settings['landmark_query_rank']}, the model has a calibration of rank "
-            f"{config.landmark_query_rank} already"
-        )
+    for name in ("landmark_query_rank", "landmark_key"):
+        if config.landmark_query_rank and getattr(config, name) != settings[name]:
+            raise ValueError(
+                f"{folder}: {name}={settings[name]!r}, the model has a calibration already, with "
+                f"{name}={getattr(config, name)!r}: load it onto its base"
+            )
     if base_fingerprint(model) != record["base_sha256"]:
         raise ValueError(f"{folder}: the calibration of another base: the model's own weights differ from its")
-    _check_shapes(folder, weights, model, settings["landmark_query_rank"])
-    before = {name: getattr(config, name) for name in settings if name != "landmark_query_rank"}
-    _set(config, {name: settings[name] for name in before})
+    trained_with = deepcopy(config)
+    for name, value in settings.items():
+        setattr(trained_with, name, value)
     try:
-        config.check()
+        trained_with.check()
     except ValueError as error:
-        _set(config, before)
         raise OSError(f"{folder / RECORD}: damaged: {error}") from error
-    add_calibration(model, settings["landmark_query_rank"])
+    _check_shapes(folder, weights, model, trained_with)
+    rank = settings.pop("landmark_query_rank")
+    for name, value in settings.items():
+        setattr(config, name, value)
+    add_calibration(model, rank)
     for name, weight in _own_weights(model):
         weight.copy_(weights[name])
 
 
-def _set(config: LandmarkLlamaConfig, settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        setattr(config, name, value)
-
-
-def _check_shapes(folder: Path, weights: dict[str, Tensor], model: LlamaForCausalLM, rank: int) -> None:
-    """Raises OSError unless `weights` are those of a calibration of this rank for a model of this shape."""
-    config, size = model.config, model.config.num_attention_heads * model.config.head_dim
+def _check_shapes(
+    folder: Path, weights: dict[str, Tensor], model: LlamaForCausalLM, config: LandmarkLlamaConfig
+) -> None:
+    """Raises OSError unless `weights` are those of the calibration that a model of this configuration has."""
     shapes = {INPUT_ROW: (config.hidden_size,)}
     if not config.tie_word_embeddings:
         shapes[OUTPUT_ROW] = (config.hidden_size,)
     for i in range(config.num_hidden_layers):
-        shapes |= {f"layers.{i}.down": (rank, config.hidden_size), f"layers.{i}.up": (size, rank)}
+        shapes |= {f"layers.{i}.{part}": shape for part, shape in calibration_shapes(config).items()}
     if {name: tuple(weight.shape) for name, weight in weights.items()} != shapes:
-        raise OSError(f"{folder / WEIGHTS}: damaged: its weights are not those of a calibration of rank {rank}")
+        raise OSError(
+            f"{folder / WEIGHTS}: damaged: its weights are not those of a calibration of rank "
+            f"{config.landmark_query_rank} for landmark_key={config.landmark_key!r}"
+        )
 
 
 def _base_weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -156,8 +160,8 @@ def _own_weights(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
     if head is not embedding:
         yield OUTPUT_ROW, head[row]
     for i, layer in enumerate(model.model.layers):
-        for part in ("down", "up"):
-            yield f"layers.{i}.{part}", getattr(layer.self_attn.landmark_calibration, part)
+        for part, weight in layer.self_attn.landmark_calibration.named_parameters():
+            yield f"layers.{i}.{part}", weight
 
 
 def _record(folder: Path) -> dict[str, Any]:

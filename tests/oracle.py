@@ -76,6 +76,10 @@ class Oracle:
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0)
 
+    def _low_rank(self, x: Tensor, layer: str, kind: str) -> Tensor:
+        down, up = (self.weights[f"{layer}.self_attn.landmark_calibration.{kind}{part}"] for part in ("down", "up"))
+        return x @ down.T @ up.T
+
     def _layers(self, start: int, stop: int) -> Tensor:
         c = self.config
         states = self.weights["model.embed_tokens.weight"][torch.tensor(self.tokens[start:stop])]
@@ -89,11 +93,13 @@ class Oracle:
             query = query.view(stop - start, -1, c.head_dim)
             scoring = query
             if c.landmark_query_rank:
-                down, up = (self.weights[f"{name}.self_attn.landmark_calibration.{part}"] for part in ("down", "up"))
-                scoring = query + (x @ down.T @ up.T).view(query.shape)
+                scoring = query + self._low_rank(x, name, "").view(query.shape)
             if self.pooled:
+                prior = query.unflatten(1, (c.num_key_value_heads, -1)).mean(2)
+                if c.landmark_query_rank:
+                    prior = prior + self._low_rank(x, name, "prior_").view(prior.shape)
                 self.shares[layer] += [
-                    self._shares(keys, query[place - start], place)
+                    self._shares(keys, prior[place - start], place)
                     for place in range(start, stop)
                     if self._is_landmark(place)
                 ]
@@ -108,14 +114,13 @@ class Oracle:
             states = states + self._linear(gate * self._linear(x, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
         return self._norm(states, "model.norm")
 
-    def _shares(self, keys: list[Tensor], query: Tensor, place: int) -> Tensor:
-        """What the mean query of each KV head makes of the block that ends with the landmark at `place`."""
+    def _shares(self, keys: list[Tensor], prior: Tensor, place: int) -> Tensor:
+        """What the prior (kv_heads, head_dim) makes of the block that ends with the landmark at `place`."""
         c, size = self.config, self.config.block_size
         offsets = list(range(size - 1))
-        mean = query.view(c.num_key_value_heads, -1, c.head_dim).mean(1)
         block = [keys[place - size + 1 + offset] for offset in offsets]
         scores = [
-            self._score(mean[head], size - 1, [key[head] for key in block], offsets)
+            self._score(prior[head], size - 1, [key[head] for key in block], offsets)
             for head in range(c.num_key_value_heads)
         ]
         return torch.stack(scores).softmax(-1)

@@ -30,7 +30,9 @@ def make_model(**settings: object) -> LandmarkLlamaForCausalLM:
     model = LandmarkLlamaForCausalLM(config).eval()
     for layer in model.model.layers:  # a calibration that has been trained
         if layer.self_attn.landmark_calibration is not None:
-            torch.nn.init.normal_(layer.self_attn.landmark_calibration.up, std=0.5)
+            for name, weight in layer.self_attn.landmark_calibration.named_parameters():
+                if name.endswith("up"):
+                    torch.nn.init.normal_(weight, std=0.5)
     return model
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM, landmark_attention
 from landmark_llama.attention import availability, blockwise, landmark_attention_reference
-from landmark_llama.attention.pooling import pool_block, pool_rows
+from landmark_llama.attention.pooling import pool_block, pool_rows, prior_of_heads
 from landmark_llama.attention.reference import landmark_attention_weights
 from landmark_llama.reading import table
 
@@ -164,7 +164,7 @@ def test_where_every_query_is_the_prior_landmark_attention_is_ordinary_attention
 
 def test_pooled_keys_of_rows_are_those_of_their_blocks_and_all_else_stays() -> None:
     query, key, _ = random_inputs((4, 2, 23, 23, 5, 8))
-    pooled, bias = pool_rows(key, query, 5, 0.3)
+    pooled, bias = pool_rows(key, prior_of_heads(query.transpose(1, 2), 2).transpose(1, 2), 5, 0.3)
     assert pooled.shape == key.shape and bias.shape == (2, 2, 4)
     ordinary = torch.arange(23) % 5 != 4
     assert torch.equal(pooled[:, :, ordinary], key[:, :, ordinary])
@@ -206,7 +206,7 @@ def test_copied_kv_heads_change_nothing(landmark: dict) -> None:
         for name in [name for name in state if "q_proj" in name]:
             state[name] = state[name].unflatten(0, (2, 2, -1))[:, :1].expand(-1, 2, -1, -1).flatten(0, 2)
         model.load_state_dict(state)
-    for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
+    for name in [name for name in state if "k_proj" in name or "v_proj" in name or "prior_up" in name]:
         state[name] = state[name].unflatten(0, (2, 1, -1)).expand(-1, 2, -1, -1).flatten(0, 2)
     copied.load_state_dict(state)
     model, copied = in_float64(model), in_float64(copied)

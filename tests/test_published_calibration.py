@@ -31,7 +31,8 @@ def trained(tmp_path: Path) -> tuple[LandmarkLlamaForCausalLM, Path]:
     model = convert(**TRAINED)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.landmark_calibration.up.normal_()
+            for weight in layer.self_attn.landmark_calibration.parameters():
+                weight.normal_()
         model.get_input_embeddings().weight[model.config.landmark_token_id].normal_()
     save_calibration(model, tmp_path / "calibration", torch.float32, {"tokens": 5})
     return model, tmp_path / "calibration"

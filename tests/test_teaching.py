@@ -48,31 +48,37 @@ def test_a_pooled_key_of_one_token_scores_exactly_what_its_block_weighs() -> Non
 
 def test_the_loss_is_the_divergence_from_what_blocks_weigh() -> None:
     """Against plain loops: one row, every query drawn, candidates where old blocks are scored."""
-    generator, block_size, columns, scale = torch.Generator().manual_seed(3), 4, 16, 0.5
+    generator, block_size, columns, scale, direct = torch.Generator().manual_seed(3), 4, 24, 0.5, 2
     query, key, value = (torch.randn(1, columns, heads, 8, generator=generator) for heads in (4, 2, 2))
     model = make_model(block_size=block_size, landmark_query_rank=0)
     rotary = model.model._rotary_table(torch.device("cpu"))
-    view = TaughtRows(block_size, pooled=False, exact_weights=True, retrieved=3, direct=2)
+    view = TaughtRows(block_size, exact_weights=True, num_sink_blocks=1, retrieved=3, direct=direct)
     with landmark_losses() as found:
         view.attend(query, key, value, layer_idx=0, rotary=rotary, scale=scale)
-    expected = []
-    for i in range(block_size, columns):
+    divergences, weights = [], []
+    for i in range((direct + 2) * block_size, columns):
+        own = i // block_size
         if i % block_size == block_size - 1:
             continue
         for head in range(4):
-            far = rotary.rotate(query[0, i, head], torch.tensor(2 * block_size + i % block_size))
+            far = rotary.rotate(query[0, i, head], torch.tensor(direct * block_size + i % block_size))
             far = rotary.rotate(far, torch.tensor(4 * block_size)) * scale
             mass, score = [], []
-            for c in range(i // block_size):
+            for c in range(1, own - direct):
                 stored = [
                     rotary.rotate(key[0, c * block_size + o, head // 2], torch.tensor(o)) for o in range(block_size)
                 ]
                 products = torch.stack([far @ k for k in stored])
                 mass.append(products[:-1].logsumexp(0))
                 score.append(products[-1])
-            target, own = torch.stack(mass).log_softmax(0), torch.stack(score).log_softmax(0)
-            expected.append((target.exp() * (target - own)).sum())
-    torch.testing.assert_close(found[0], torch.stack(expected).mean())
+            target, landmarks = torch.stack(mass).log_softmax(0), torch.stack(score).log_softmax(0)
+            divergences.append((target.exp() * (target - landmarks)).sum())
+            here = rotary.rotate(query[0, i, head], torch.tensor(i)) * scale
+            read = [j for j in range(i + 1) if j % 4 != 3 and (j // 4 >= own - direct or j // 4 == 0)]
+            near = torch.stack([here @ rotary.rotate(key[0, j, head // 2], torch.tensor(j)) for j in read])
+            weights.append((torch.stack(mass).logsumexp(0) - near.logsumexp(0)).sigmoid())
+    divergence, weight = torch.stack(divergences), torch.stack(weights)
+    torch.testing.assert_close(found[0], (divergence * weight).sum() / weight.sum())
 
 
 @pytest.mark.parametrize("landmark_key", ["pooled", "token"])
@@ -110,12 +116,21 @@ def test_in_training_the_loss_adds_its_gradients_and_changes_no_output(checkpoin
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_other_rows_are_candidates_and_sinks_are_not() -> None:
-    view = TaughtRows(8, num_sink_blocks=1, retrieved=3, direct=2)
+def test_other_rows_are_candidates_and_what_is_read_in_any_case_is_not() -> None:
+    view = TaughtRows(8, num_sink_blocks=1, retrieved=3, direct=1)
     candidate = view._candidates(torch.tensor([[9, 30], [8, 17]]), rows=2, blocks=4)
-    assert candidate[0].tolist() == [[False] * 5 + [True] * 3, [False, True, True] + [False] * 2 + [True] * 3]
-    alone = view._candidates(torch.tensor([[9]]), rows=1, blocks=4)
-    assert alone[0].tolist() == [[True, False, False, False]]  # nothing but the sink to choose from
+    assert candidate[0].tolist() == [[False] * 5 + [True] * 3, [False, True] + [False] * 3 + [True] * 3]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_queries_with_nothing_to_choose_teach_nothing(rows: int) -> None:
+    model = make_model(num_sink_blocks=1, num_local_blocks=3).train()
+    ids = make_ids(28, rows)  # three complete blocks
+    losses = torch.stack(losses_of(model, ids))
+    assert losses.isfinite().all() and (losses > 0).all() == (rows == 2)
+    losses.sum().backward()
+    for layer in model.model.layers:
+        assert all(p.grad.isfinite().all() for p in layer.self_attn.landmark_calibration.parameters())
 
 
 def test_landmarks_that_weigh_their_blocks_collect_no_loss() -> None:

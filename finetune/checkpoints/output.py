@@ -19,6 +19,7 @@ from landmark_llama.language_model import LandmarkForCausalLM
 from landmark_llama.model_card import CARD, is_own_card, model_card, write_card
 
 METRICS = "metrics.json"
+QUALITIES = ("perplexity", "landmark_divergence")  # of held-out rows; metrics hold the one that was trained for
 # What a run writes beside its checkpoints; `--overwrite_output_dir` deletes these and nothing else.
 RUN_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
@@ -86,11 +87,16 @@ def save_finished_model(trainer: Trainer, output_dir: Path) -> None:
         staging.rmdir()
 
 
+def held_out(metrics: dict) -> dict[str, str]:
+    """What the run reached on held-out rows, as words and number."""
+    return {f"held-out {name.replace('_', ' ')}": f"{metrics[name]:.4f}" for name in QUALITIES if name in metrics}
+
+
 def write_run_card(output_dir: Path, model: PreTrainedModel, base: str | None, data: list[str], metrics: dict) -> None:
     """The card of a whole landmark model: what it was made from, trained on, and what came out."""
     if isinstance(model, LandmarkForCausalLM):
         results = {
-            "held-out perplexity": f"{metrics['perplexity']:.4f}",
+            **held_out(metrics),
             "steps": metrics["steps"],
             "parameters": f"{metrics['parameters']:,}",
         }

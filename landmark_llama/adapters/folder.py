@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from landmark_llama.calibration import CALIBRATION, add_calibration
+from landmark_llama.calibration import CALIBRATION, add_calibration, calibration_shapes
 from landmark_llama.checkpoints.files import local_folder
 from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkConfig
 from landmark_llama.families import landmark_class
@@ -112,12 +112,10 @@ class Adapter:
 
     def calibration(self) -> dict[str, tuple[int, int]]:
         """The shape of each weight of the calibration, by its name in the model; empty if the model has none."""
-        config, rank = self.config, self.config.landmark_query_rank
-        shapes = {"down": (rank, config.hidden_size), "up": (config.num_attention_heads * config.head_dim, rank)}
         return {
             f"model.layers.{layer}.self_attn.{CALIBRATION}.{part}": shape
-            for layer in range(config.num_hidden_layers if rank else 0)
-            for part, shape in shapes.items()
+            for layer in range(self.config.num_hidden_layers)
+            for part, shape in calibration_shapes(self.config).items()
         }
 
     def _check_landmark_row(self, shapes: dict[str, tuple[int, ...]]) -> None:

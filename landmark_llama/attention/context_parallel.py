@@ -82,6 +82,7 @@ class HeadParallelRows:
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer over this process's columns; all processes of the group must call it.
 
@@ -89,6 +90,7 @@ class HeadParallelRows:
             query: (batch, columns, heads, head_dim), not rotated; the columns are those of this process's part.
             key, value: (batch, columns, kv_heads, head_dim), not rotated either.
             landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
+            landmark_prior: the shape of `key`, not rotated: what blocks are pooled around.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
@@ -100,8 +102,9 @@ class HeadParallelRows:
         if copies > 1:
             key, value = (x.repeat_interleave(copies, dim=2) for x in (key, value))
         settings = {"layer_idx": layer_idx, "rotary": rotary, "scale": scale}
-        if landmark_query is not None:
-            settings["landmark_query"] = self._to_heads(landmark_query)
+        for name, x in (("landmark_query", landmark_query), ("landmark_prior", landmark_prior)):
+            if x is not None:
+                settings[name] = self._to_heads(x)
         output = self.whole.attend(*(self._to_heads(x) for x in (query, key, value)), **settings)
         return self._to_columns(output, columns)
 

@@ -34,12 +34,12 @@ def pool_block(key: Tensor, prior: Tensor, scale: float) -> tuple[Tensor, Tensor
         return pooled.to(key.dtype), -(share * log_share).sum(-1)
 
 
-def pool_rows(key: Tensor, query: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Puts pooled keys in the places of the landmarks of whole rows; the prior is each landmark's own query.
+def pool_rows(key: Tensor, prior: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Puts pooled keys in the places of the landmarks of whole rows.
 
     Args:
         key: (batch, kv_heads, length, head_dim), rotated, landmarks in their regular places.
-        query: (batch, heads, length, head_dim), rotated; the query heads that share a KV head share their mean.
+        prior: (batch, kv_heads, length, head_dim), rotated: that of a landmark is its block's.
 
     Returns:
         The keys (batch, kv_heads, length, head_dim), and the bias (batch, kv_heads, blocks) of the complete blocks.
@@ -47,13 +47,14 @@ def pool_rows(key: Tensor, query: Tensor, block_size: int, scale: float) -> tupl
     length = key.shape[2]
     complete = length - length % block_size
     block = key[:, :, :complete].unflatten(2, (-1, block_size))
-    pooled, bias = pool_block(
-        block[..., :-1, :], prior_of_heads(query[:, :, block_size - 1 : complete : block_size], key.shape[1]), scale
-    )
+    pooled, bias = pool_block(block[..., :-1, :], prior[:, :, block_size - 1 : complete : block_size], scale)
     whole = torch.cat([block[..., :-1, :], pooled.unsqueeze(-2)], dim=-2).flatten(2, 3)
     return torch.cat([whole, key[:, :, complete:]], dim=2), bias
 
 
 def prior_of_heads(query: Tensor, kv_heads: int) -> Tensor:
-    """(batch, heads, ...) to (batch, kv_heads, ...): the mean of the query heads that share a KV head."""
-    return query.unflatten(1, (kv_heads, -1)).mean(2, dtype=torch.promote_types(query.dtype, torch.float32))
+    """(batch, columns, heads, head_dim) to (batch, columns, kv_heads, head_dim), at least fp32.
+
+    The query heads that share a KV head share their mean.
+    """
+    return query.unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(query.dtype, torch.float32))

@@ -22,6 +22,7 @@ class View(Protocol):
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer.
 
@@ -29,6 +30,8 @@ class View(Protocol):
             query: (batch, columns, heads, head_dim), not rotated.
             key, value: (batch, columns, kv_heads, head_dim), not rotated.
             landmark_query: the shape of `query`, not rotated: what scores landmarks in its place. None: `query` does.
+            landmark_prior: (batch, columns, kv_heads, head_dim), not rotated, where landmark keys are pooled: that of a
+                landmark's column is the query that its block is pooled around.
 
         Returns:
             (batch, columns, heads, head_dim).

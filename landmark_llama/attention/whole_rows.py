@@ -45,6 +45,7 @@ class WholeRows:
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer.
 
@@ -53,6 +54,8 @@ class WholeRows:
             key, value: (batch, columns, kv_heads, head_dim), not rotated either.
             layer_idx: which layer; every one attends in the same way here.
             landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
+            landmark_prior: (batch, columns, kv_heads, head_dim), not rotated, where landmark keys are pooled: that of a
+                landmark's column is the query that its block is pooled around.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
@@ -61,16 +64,26 @@ class WholeRows:
         query, key = rotary.rotate_all(position, query, key)
         if landmark_query is not None:
             landmark_query = rotary.rotate(landmark_query, position).transpose(1, 2)
+        if self.pooled:
+            landmark_prior = rotary.rotate(landmark_prior, position).transpose(1, 2)
         rows = (x.transpose(1, 2) for x in (query, key, value))
-        return self.attend_rotated(*rows, scale=scale, landmark_query=landmark_query).transpose(1, 2)
+        landmarks = {"landmark_query": landmark_query, "landmark_prior": landmark_prior}
+        return self.attend_rotated(*rows, scale=scale, **landmarks).transpose(1, 2)
 
     def attend_rotated(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, landmark_query: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """`landmark_attention` with this view's settings."""
         bias = None
         if self.pooled:
-            key, bias = pool_rows(key, query, self.block_size, scale)
+            key, bias = pool_rows(key, landmark_prior, self.block_size, scale)
         return landmark_attention(
             query,
             key,

@@ -123,14 +123,14 @@ class DecodingStep:
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first; arguments and result as in `Table`."""
         storage, dtype, kv_heads = self.cache.layers[layer_idx].storage, query.dtype, key.shape[2]
         place = self.still if isinstance(rotary, StillTable) else self.place
         prior, scoring = None, None
         if self.pooled:
-            mean = query.unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(dtype, torch.float32))
-            prior = Prior(place.turn_key(mean), scale)
+            prior = Prior(place.turn_key(landmark_prior), scale)
         storage.write(place.turn_key(key).to(dtype), value, self.start, self.stop, prior)
         query = place.at_distances(query, kv_heads, scale)
         if landmark_query is not None:

@@ -74,12 +74,14 @@ class Segment:
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of the segment's queries in one layer; its keys and values go to the cache.
 
         Args:
             query: (batch, columns, heads, head_dim), not rotated, as `key` and `value`, which have fewer heads.
             landmark_query: the shape of `query`: what scores landmarks in its place.
+            landmark_prior: the shape of `key`: as in `View.attend`.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
@@ -91,7 +93,7 @@ class Segment:
         with torch.autocast(query.device.type, enabled=False):
             # a layer that is recomputed for its gradients writes the same once more
             offset = (position % block_size).unsqueeze(-1)
-            prior = Prior.of(query, key.shape[2], offset, rotary, scale) if self.pooled else None
+            prior = Prior.of(landmark_prior, offset, rotary, scale)
             storage = self.cache.layers[layer_idx].update(
                 rotary.rotate(key.detach(), offset), value.detach(), self.start, self.stop, prior
             )
@@ -99,7 +101,8 @@ class Segment:
             scoring = None if landmark_query is None else rotary.rotate(landmark_query, column).transpose(1, 2)
             bias = None
             if self.pooled:
-                rotated_key, bias = pool_rows(rotated_key, rotated, block_size, scale)
+                rotated_prior = rotary.rotate(landmark_prior, column).transpose(1, 2)
+                rotated_key, bias = pool_rows(rotated_key, rotated_prior, block_size, scale)
             own = rotated, rotated_key, value.transpose(1, 2)
             if self.settings.exact_weights:
                 output, lse = attend_exactly(*own, block_size, scale)

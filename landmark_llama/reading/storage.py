@@ -24,15 +24,14 @@ class Prior(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, query: Tensor, kv_heads: int, offset: Tensor, rotary: RotaryTable, scale: float) -> Prior:
-        """The prior of `query` (batch, length, heads, head_dim), not rotated: the heads of a KV head share their mean.
+    def of(cls, landmark_prior: Tensor | None, offset: Tensor, rotary: RotaryTable, scale: float) -> Prior | None:
+        """That of a view's `landmark_prior` (batch, length, kv_heads, head_dim), not rotated; None without one.
 
         offset: (batch or 1, length, 1): positions from the start of its block to each query.
         """
-        mean = (
-            query.detach().unflatten(2, (kv_heads, -1)).mean(3, dtype=torch.promote_types(query.dtype, torch.float32))
-        )
-        return cls(rotary.rotate(mean, offset), scale)
+        if landmark_prior is None:
+            return None
+        return cls(rotary.rotate(landmark_prior.detach(), offset), scale)
 
 
 class BlockStorage(Protocol):

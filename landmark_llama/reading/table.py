@@ -56,6 +56,7 @@ class Table:
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer, whose keys and values go to the cache first.
 
@@ -63,11 +64,14 @@ class Table:
             query: (batch, columns, heads, head_dim), not rotated.
             key, value: (batch, columns, kv_heads, head_dim), not rotated.
             landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
+            landmark_prior: (batch, columns, kv_heads, head_dim), not rotated, where landmark keys are pooled: that of a
+                landmark's column is the query that its block is pooled around.
 
         Returns:
             (batch, columns, heads, head_dim), in the dtype of `query`.
         """
-        self.fill_cache_only(query, key, value, layer_idx=layer_idx, rotary=rotary, scale=scale)
+        shared = {"layer_idx": layer_idx, "rotary": rotary, "scale": scale}
+        self.fill_cache_only(key, value, **shared, landmark_prior=landmark_prior)
         by_kv_head = key.shape[2], -1
         return attend_through_table(
             query.unflatten(2, by_kv_head),
@@ -87,22 +91,19 @@ class Table:
 
     def fill_cache_only(
         self,
-        query: Tensor | None,
         key: Tensor,
         value: Tensor,
         *,
         layer_idx: int,
         rotary: RotaryTable,
         scale: float,
+        landmark_prior: Tensor | None = None,
     ) -> None:
-        """Stores the chunk's keys, rotated by their offsets in their blocks, and its values.
-
-        query: only needed where landmark keys are pooled.
-        """
+        """Stores the chunk's keys, rotated by their offsets in their blocks, and its values."""
         storage, groups = self.storages[layer_idx], self.groups
         position = groups.start.unsqueeze(1) + torch.arange(key.shape[1], device=key.device)
         offset = (position % storage.block_size).unsqueeze(-1)
-        prior = Prior.of(query, key.shape[2], offset, rotary, scale) if self.pooled else None
+        prior = Prior.of(landmark_prior, offset, rotary, scale)
         storage.write(rotary.rotate(key, offset), value, groups.start, groups.stop, prior)
 
 

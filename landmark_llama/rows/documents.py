@@ -185,17 +185,22 @@ class Documents:
         rotary: RotaryTable,
         scale: float,
         landmark_query: Tensor | None = None,
+        landmark_prior: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer; arguments and result as those of `WholeRows.attend`."""
         position = self.position.unsqueeze(-1)
         query, key = rotary.rotate_all(position, query, key)
         batches = zip(*(self._unpack(x) for x in (query, key, value)), strict=True)
-        landmark_queries = [None] * len(self.shapes)
-        if landmark_query is not None:
-            landmark_queries = self._unpack(rotary.rotate(landmark_query, position))
+        of_landmarks = zip(
+            *(
+                [None] * len(self.shapes) if x is None else self._unpack(rotary.rotate(x, position))
+                for x in (landmark_query, landmark_prior)
+            ),
+            strict=True,
+        )
         outputs = [
-            self.whole.attend_rotated(*batch, scale=scale, landmark_query=own)
-            for batch, own in zip(batches, landmark_queries, strict=True)
+            self.whole.attend_rotated(*batch, scale=scale, landmark_query=scoring, landmark_prior=prior)
+            for batch, (scoring, prior) in zip(batches, of_landmarks, strict=True)
         ]
         packed = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outputs]).index_select(0, self.place)
         return packed.unflatten(0, self.position.shape)
