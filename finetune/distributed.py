@@ -53,13 +53,10 @@ def is_zero3(run: RunArguments) -> bool:
 def check_context_parallel(model: PreTrainedModel, size: int, context_length: int) -> None:
     """Raises `UserError` if `size` processes cannot hold rows of `context_length` positions together."""
     config, flag = model.config, f"--context_parallel_size {size}"
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % size:
-        raise UserError(f"{flag}: the model has {heads} attention heads; give a divisor")
+    if config.num_attention_heads % size:
+        raise UserError(f"{flag}: the model has {config.num_attention_heads} attention heads; give a divisor")
     if context_length // config.block_size < size:
         raise UserError(f"{flag}: a row has {context_length // config.block_size} blocks; raise --context_length")
-    if config.landmark_key == "pooled" and kv_heads % size:
-        raise UserError(f"{flag}: pooled landmark keys need a divisor of the model's {kv_heads} key-value heads")
     if config.block_weight == "exact":
         raise UserError(f"{flag}: --block_weight exact teaches landmarks on whole rows; leave one of the two out")
 

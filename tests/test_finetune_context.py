@@ -68,7 +68,6 @@ def test_runs_that_cannot_share_rows_are_refused(
     [
         ({}, 3, "4 attention heads"),
         ({}, 4, "a row has 2 blocks"),
-        ({"num_key_value_heads": 1, "landmark_key": "pooled"}, 2, "1 key-value heads"),
         ({"block_weight": "exact"}, 2, "--block_weight exact"),
     ],
 )

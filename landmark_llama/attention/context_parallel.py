@@ -101,6 +101,7 @@ class HeadParallelRows:
         columns, copies = query.shape[1], self._copies(query.shape[2], key.shape[2])
         if copies > 1:
             key, value = (x.repeat_interleave(copies, dim=2) for x in (key, value))
+            landmark_prior = None if landmark_prior is None else landmark_prior.repeat_interleave(copies, dim=2)
         settings = {"layer_idx": layer_idx, "rotary": rotary, "scale": scale}
         for name, x in (("landmark_query", landmark_query), ("landmark_prior", landmark_prior)):
             if x is not None:
@@ -113,13 +114,7 @@ class HeadParallelRows:
         processes = self.shard.group.size()
         if heads % processes:
             raise ValueError(f"{heads} attention heads cannot be shared by {processes} processes: take a divisor")
-        copies = math.lcm(kv_heads, processes) // kv_heads
-        if copies > 1 and self.whole.pooled:
-            raise ValueError(
-                f'{kv_heads} key-value heads cannot be shared by {processes} processes with landmark_key="pooled", '
-                "which pools for all queries of a key-value head together: take a divisor"
-            )
-        return copies
+        return math.lcm(kv_heads, processes) // kv_heads
 
     def _columns(self) -> list[int]:
         """Landmarked columns of each part. All but the last are whole blocks."""
