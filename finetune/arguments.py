@@ -175,6 +175,13 @@ class RunArguments(TrainingArguments):
         metadata={"help": "tokens of their prompts (default: context_length, and four times that)"},
     )
     eval_passkey_samples: int = field(default=5, metadata={"help": "prompts of each length"})
+    context_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "so many processes hold each row together, for rows longer than one device holds "
+            "(docs/distributed.md); it divides their number and the model's attention heads"
+        },
+    )
     cpu_threads: int = field(
         default=0, metadata={"help": "threads of one process on a CPU; 0: all cores, shared evenly"}
     )
@@ -289,6 +296,8 @@ def _check(model: ModelArguments, data: DataArguments, run: RunArguments, adapte
         raise UserError(f"--eval_passkey_samples {run.eval_passkey_samples}: at least one prompt is needed (>= 1)")
     _check_data(data, run)
     _check_rows(data, model)
+    if run.context_parallel_size != 1:
+        _check_context_parallel(run, model, data)
 
 
 def _check_landmarks_only(
@@ -300,6 +309,7 @@ def _check_landmarks_only(
         "--attention dense": model.attention == "dense",
         f"--lora_rank {adapter.lora_rank}": adapter.lora_rank is not None,
         f"--segments {data.segments}": data.segments > 1,
+        f"--context_parallel_size {run.context_parallel_size}": run.context_parallel_size > 1,
         "--pack_documents apart": data.pack_documents == "apart",
         "--gradient_checkpointing true": run.gradient_checkpointing,
     }
@@ -349,6 +359,21 @@ def _check_rows(data: DataArguments, model: ModelArguments) -> None:
         raise UserError(
             f"--segments {data.segments} needs --pack_documents join or whole: a cache holds one document a row"
         )
+
+
+def _check_context_parallel(run: RunArguments, model: ModelArguments, data: DataArguments) -> None:
+    size = run.context_parallel_size
+    flag = f"--context_parallel_size {size}"
+    if size < 1 or run.world_size % size:
+        raise UserError(f"{flag}: must divide the number of processes, {run.world_size}; start more or give a divisor")
+    if model.attention == "dense":
+        raise UserError(f"{flag} needs --attention landmark")
+    if data.segments > 1:
+        raise UserError(f"{flag}: not with --segments {data.segments}, which is another way to long rows")
+    if data.pack_documents == "apart":
+        raise UserError(f"{flag} needs --pack_documents join or whole: processes share rows of one document")
+    if not run.average_tokens_across_devices:
+        raise UserError(f"{flag} needs --average_tokens_across_devices true: the loss is that of all processes' tokens")
 
 
 def _check_adapter(model: ModelArguments, adapter: AdapterArguments) -> None:

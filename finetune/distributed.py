@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune.arguments import RunArguments, UserError
@@ -49,12 +50,27 @@ def is_zero3(run: RunArguments) -> bool:
     return run.deepspeed_plugin is not None and run.deepspeed_plugin.zero_stage == 3
 
 
+def check_context_parallel(model: PreTrainedModel, size: int, context_length: int) -> None:
+    """Raises `UserError` if `size` processes cannot hold rows of `context_length` positions together."""
+    config, flag = model.config, f"--context_parallel_size {size}"
+    if config.num_attention_heads % size:
+        raise UserError(f"{flag}: the model has {config.num_attention_heads} attention heads; give a divisor")
+    if context_length // config.block_size < size:
+        raise UserError(f"{flag}: a row has {context_length // config.block_size} blocks; raise --context_length")
+    if config.block_weight == "exact":
+        raise UserError(f"{flag}: --block_weight exact teaches landmarks on whole rows; leave one of the two out")
+
+
 def check_distribution(run: RunArguments, segments: int = 1) -> None:
     """Raises `UserError` for what would fail only when the trained model is saved, or in the first step."""
     if segments > 1 and run.deepspeed_plugin is not None:
         raise UserError(f"--segments {segments}: DeepSpeed has one backward a batch; use DDP")
     if segments > 1 and run.n_gpu > 1:
         raise UserError(f"--segments {segments}: needs a process for each GPU; start it with accelerate launch")
+    if run.context_parallel_size > 1 and run.deepspeed_plugin is not None:
+        raise UserError(
+            f"--context_parallel_size {run.context_parallel_size}: DeepSpeed has one backward a batch; use FSDP"
+        )
     fsdp = fsdp_settings(run)
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise UserError(f"fsdp_version {fsdp.fsdp_version}: set fsdp_version: 2 in the accelerate configuration")

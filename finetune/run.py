@@ -48,10 +48,11 @@ from finetune.checkpoints.output import (
     write_run_card,
 )
 from finetune.checkpoints.resume import run_contents, run_settings, weights_fingerprint
+from finetune.context_parallel import ContextParallel
 from finetune.data.prepare import Rows, make_rows
 from finetune.demo.corpus import embedded_files
 from finetune.disk import is_disk_full, write_json
-from finetune.distributed import check_distribution, whole_weights
+from finetune.distributed import check_context_parallel, check_distribution, whole_weights
 from finetune.kernel_check import KernelCheck
 from finetune.landmarks import LandmarksOnlyTrainer, freeze_all_but_landmarks
 from finetune.memory import memory_lines
@@ -62,7 +63,7 @@ from finetune.progress import ProgressLines
 from finetune.refused import refuse_arguments
 from finetune.segments import EVALUATED_WITH, Segments
 from finetune.throughput import Throughput, device_peak
-from finetune.trainer import LandmarkSegmentTrainer, LandmarkTrainer
+from finetune.trainer import LandmarkContextTrainer, LandmarkSegmentTrainer, LandmarkTrainer
 
 EXIT_INTERRUPTED = 130
 
@@ -136,7 +137,8 @@ class Start:
         elif self.landmark_token_id is None:
             positions = tokens
         if not self.landmarks_only:  # which takes little beside the weights
-            lines += memory_lines(self.model, run_args, positions, tokens)
+            held_by = run_args.context_parallel_size
+            lines += memory_lines(self.model, run_args, -(-positions // held_by), -(-tokens // held_by))
         return [*lines, f"going on from {self.resume_from}"] if self.resume_from else lines
 
 
@@ -160,6 +162,8 @@ def _prepare(
         freeze_all_but_landmarks(model)
     if adapter_args.lora_rank:
         model = add_adapter(model, tokenizer, adapter_args, model_args.model_name_or_path)
+    if run_args.context_parallel_size > 1:
+        check_context_parallel(model, run_args.context_parallel_size, data_args.context_length)
     block_size, landmark_token_id = model_args.block_size_of(model.config)
     segments = Segments.of(model.config, data_args.segments) if data_args.segments > 1 else None
     rows = make_rows(data_args, tokenizer, block_size, embedded, run_args.seed, segments)
@@ -178,6 +182,9 @@ def _make_trainer(start: Start, run_args: RunArguments) -> LandmarkTrainer:
         trainer_class = LandmarksOnlyTrainer
     elif segments is not None:
         trainer_class = partial(LandmarkSegmentTrainer, segments=segments)
+    elif run_args.context_parallel_size > 1:
+        context = ContextParallel.of(run_args.context_parallel_size, start.block_size)
+        trainer_class = partial(LandmarkContextTrainer, context=context)
     trainer = trainer_class(
         model=start.model,
         args=run_args,

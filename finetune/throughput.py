@@ -186,6 +186,9 @@ class Throughput(TrainerCallback):
     def _count(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if model.training:
             ids, mask, position = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+            shard = kwargs.get("context_shard")
+            if shard is not None:  # its tokens follow on those of other processes
+                position = torch.arange(shard.start, shard.start + ids.shape[1], device=ids.device).expand_as(ids)
             self.counts.append(count(ids, mask, position, self.block_size, self.landmark_token_id))
 
 

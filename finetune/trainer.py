@@ -19,6 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from finetune.arguments import UserError
 from finetune.checkpoints.resume import COMPLETE
 from finetune.checkpoints.saved import find_loss, trained_weights
+from finetune.context_parallel import ContextParallelTrainer
 from finetune.distributed import compute_losses_in_fp32, saves_in_shards
 from finetune.segments import SegmentTrainer
 
@@ -182,3 +183,7 @@ class LandmarkTrainer(Trainer):
 
 class LandmarkSegmentTrainer(LandmarkTrainer, SegmentTrainer):
     """The same guard around steps over several segments."""
+
+
+class LandmarkContextTrainer(LandmarkTrainer, ContextParallelTrainer):
+    """The same guard around steps over rows that several processes hold together."""

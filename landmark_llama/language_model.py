@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from landmark_llama.attention.context_parallel import ContextShard
 from landmark_llama.checkpoints.conversion import FromDenseMixin
 from landmark_llama.configuration import LandmarkConfig, LocalAttention, RetrievalGranularity
 from landmark_llama.generation import LandmarkGenerationMixin
@@ -56,6 +57,7 @@ class LandmarkForCausalLM(LandmarkPreTrained, SavedWithCard, FromDenseMixin, Lan
         max_length_k: int | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        context_shard: ContextShard | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given, in plain coordinates.
 
@@ -87,6 +89,9 @@ class LandmarkForCausalLM(LandmarkPreTrained, SavedWithCard, FromDenseMixin, Lan
             seq_idx: (batch, length), the number of each column's document; instead of both.
             cu_seq_lens_k, max_length_q, max_length_k, cache_position, token_type_ids: accepted, as other libraries pass
                 them to any model, and not needed.
+            context_shard: the call brings this process's part of rows that several processes hold together; all of
+                them must call. The result is that of the part: for the mean loss of whole rows, give the number of
+                their labels as `num_items_in_batch` and add up the losses of the processes (`docs/distributed.md`).
 
         Raises:
             ValueError: naming the argument and the place in it.
@@ -107,6 +112,7 @@ class LandmarkForCausalLM(LandmarkPreTrained, SavedWithCard, FromDenseMixin, Lan
             retrieval_granularity=retrieval_granularity,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
+            context_shard=context_shard,
         )
         states, loss = outputs.last_hidden_state, None
         if labels is None:

@@ -9,6 +9,7 @@ takes a layer's queries, keys and values, not rotated, and returns its attention
     WholeRows      no cache, rows that fit the window: each row attends to all of itself, as in training
     TaughtRows     the same in training with exact weights, where landmarks learn to choose
     Documents      the same for rows that hold several documents
+    HeadParallelRows   whole rows that several processes hold together (`docs/distributed.md`)
     Segment        training with a cache: the call is one segment of a longer text
     Table          reading through a cache: one chunk of a call, whose queries read a table of blocks
     DecodingStep   the same for one new token a row, on a CPU
@@ -28,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from landmark_llama.attention import WholeRows
+from landmark_llama.attention.context_parallel import ContextShard, HeadParallelRows
 from landmark_llama.attention.pooling import prior_of_heads
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.attention.teaching import TaughtRows, are_collected
@@ -43,7 +45,7 @@ from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep
 from landmark_llama.reading.segments import Segment, check_segment
 from landmark_llama.reading.streaming import StreamingMixin
-from landmark_llama.rows.checks import check_inputs, check_streaming, warn_of_frozen_landmark
+from landmark_llama.rows.checks import check_inputs, check_shard, check_streaming, warn_of_frozen_landmark
 from landmark_llama.rows.documents import Documents, packed_positions
 from landmark_llama.rows.layout import Rows
 
@@ -171,6 +173,7 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
         max_length_k: int | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        context_shard: ContextShard | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the columns to keep; arguments as `LandmarkForCausalLM.forward` documents them."""
         if output_attentions:
@@ -194,9 +197,11 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
             self._landmark_row_checked = True
             warn_of_frozen_landmark(self)
         before = None if cache is None else cache.ordinary_tokens(len(content))
+        if context_shard is not None:
+            before = torch.full((len(content),), context_shard.start)
         rows = Rows.of(self.config, content, attention_mask, position_ids, before)
         output, hidden_states = keep(rows.layout.output, logits_to_keep), None
-        view = self._view_of_all(rows, cache, retrieval)
+        view = self._view_of_all(rows, cache, retrieval, context_shard)
         if view is not None:
             last, hidden_states = self._attend_to_all(rows, view, output, bool(output_hidden_states))
         else:
@@ -208,7 +213,9 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
             cache.advance(rows.real)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=hidden_states)
 
-    def _view_of_all(self, rows: Rows, cache: LandmarkCache | None, retrieval: tuple) -> View | None:
+    def _view_of_all(
+        self, rows: Rows, cache: LandmarkCache | None, retrieval: tuple, shard: ContextShard | None
+    ) -> View | None:
         """The view of a call that goes through the layers as a whole; None for one that is streamed."""
         config, layout, pooled = self.config, rows.layout, self.config.landmark_key == "pooled"
         if self.training and cache is not None:
@@ -224,6 +231,9 @@ class LandmarkModel(LandmarkPreTrained, StreamingMixin):
             far = {"retrieved": reading.num_retrieved_blocks, "direct": reading.num_direct_blocks}
             whole = TaughtRows(**vars(whole), **far)
         longest = config.train_context_length
+        if shard is not None:
+            check_shard(config, rows, shard, cached=cache is not None, training=self.training)
+            return HeadParallelRows(whole, shard)
         if rows.begins is not None:
             return Documents.of(rows.begins, rows.real, layout.source.shape[1], whole=whole, longest=longest)
         return whole if cache is None and int(layout.length.max()) <= longest else None

@@ -246,9 +246,8 @@ def test_every_accelerate_configuration_is_one_that_accelerate_knows(name: str, 
 
 def run_with(**settings: object) -> SimpleNamespace:
     """What `check_distribution` looks at, of a run on one device unless said otherwise."""
-    return SimpleNamespace(
-        **{"deepspeed_plugin": None, "n_gpu": 1, "max_nan_steps": 0, "gradient_checkpointing": False, **settings}
-    )
+    alone = {"deepspeed_plugin": None, "n_gpu": 1, "max_nan_steps": 0, "gradient_checkpointing": False}
+    return SimpleNamespace(**{**alone, "context_parallel_size": 1, **settings})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ from landmark_llama.configuration import LandmarkConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from landmark_llama.attention.context_parallel import ContextShard
+    from landmark_llama.rows.layout import Rows
+
 
 def check_inputs(
     config: LandmarkConfig,
@@ -58,6 +61,28 @@ def check_streaming(config: LandmarkConfig, length: int, *, training: bool, outp
         raise ValueError(
             "output_hidden_states=True: only for calls without a cache that fit "
             f"train_context_length={config.train_context_length}"
+        )
+
+
+def check_shard(config: LandmarkConfig, rows: Rows, shard: ContextShard, *, cached: bool, training: bool) -> None:
+    """Raises a ValueError if `rows` are not this process's part of rows that several processes hold together."""
+    tokens, total = shard.tokens[shard.part], sum(shard.tokens)
+    if (rows.layout.ordinary != tokens).any() or rows.real.shape[1] != tokens:
+        raise ValueError(
+            f"context_shard: part {shard.part} has {tokens} tokens of each row, but the call brings "
+            f"{rows.layout.ordinary.tolist()}; rows are cut by context_shard.cut, without padding and landmarks"
+        )
+    if rows.begins is not None or cached:
+        raise ValueError("context_shard: one document a row and no cache; leave out position_ids and past_key_values")
+    positions = total + total // (config.block_size - 1)
+    if positions > config.train_context_length:
+        raise ValueError(
+            f"context_shard: rows of {positions} landmarked positions, more than "
+            f"train_context_length={config.train_context_length}; shorten them"
+        )
+    if training and config.block_weight == "exact":
+        raise ValueError(
+            'context_shard: with block_weight="exact" landmarks are taught on whole rows; train it without'
         )
 
 
