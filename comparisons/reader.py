@@ -44,6 +44,10 @@ class Reader(nn.Module):
         """
         raise NotImplementedError
 
+    def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What another reader has saved, in this one's shapes."""
+        return weights
+
     def auxiliary_loss(self, memory: Memory) -> Tensor | float:
         """What training minimises beside the prediction, for the segment that left this memory."""
         return 0.0

@@ -34,7 +34,7 @@ def make_reader(bench: Bench, corpus: Corpus, label: str, seed: int) -> Reader:
 
 def load_weights(reader: Reader, path: Path) -> None:
     """Weights of another reader, or of this one: those that it has beside the base's keep their values."""
-    loaded = reader.load_state_dict(load_file(path), strict=False)
+    loaded = reader.load_state_dict(reader.fitting(load_file(path)), strict=False)
     missing = [name for name in loaded.missing_keys if name.startswith("base.")]
     if missing or loaded.unexpected_keys:
         names = ", ".join([*missing, *loaded.unexpected_keys][:3])

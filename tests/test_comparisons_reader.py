@@ -5,6 +5,8 @@ import torch
 from comparisons_cases import loss_of, reader, tokens
 from torch.testing import assert_close
 
+from comparisons.training import load_weights, save_weights
+
 METHODS = {
     "dense": {},
     "dense alone": {"reading": "alone"},
@@ -12,6 +14,7 @@ METHODS = {
     "window": {"sinks": 2},
     "landmark": {"block_size": 5, "k": 1, "stream": True},
     "landmark pooled": {"block_size": 5, "k": 1, "stream": True, "landmark_key": "pooled"},
+    "landmark exact": {"block_size": 5, "k": 1, "stream": True, "landmark_key": "pooled", "block_weight": "exact"},
     "transformer_xl": {"memory": 12},
     "compressive": {"memory": 16, "compressed": 6, "ratio": 4},
     "memorizing": {"memory": 16, "k": 4},
@@ -63,3 +66,15 @@ def test_training_reaches_every_weight(model):
     loss_of(model).backward()
     unreached = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not unreached
+
+
+def test_a_landmark_model_reads_what_a_dense_one_has_learned(tmp_path):
+    dense, path = reader("dense"), tmp_path / "dense.safetensors"
+    with torch.no_grad():
+        for weight in dense.parameters():
+            weight.mul_(1.5)
+    save_weights(dense, path)
+    landmark = reader("landmark", **METHODS["landmark exact"])
+    load_weights(landmark, path)
+    for name, weight in dense.base.state_dict().items():
+        assert torch.equal(landmark.base.state_dict()[name][: len(weight)], weight), name

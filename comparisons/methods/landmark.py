@@ -5,7 +5,8 @@ Each block of tokens ends in a landmark whose score says how much the block matt
 their blocks through grouped softmax; a longer text is read through a table of blocks: the nearest ones, and for each
 token and head the `k` blocks whose landmarks score highest. Positions never leave those of training.
 
-`landmark_key: pooled` and `landmark_query_rank` are this project's own options (docs/landmark_keys.md).
+`landmark_key: pooled`, `landmark_query_rank` (docs/landmark_keys.md) and `block_weight: exact` (docs/exact_weights.md)
+are this project's own options. With exact weights a dense model is read as it is, without training: `weights: dense`.
 """
 
 import torch
@@ -49,6 +50,9 @@ class LandmarkReader(Reader):
         """Landmarks are never predicted; they are the last row of the vocabulary."""
         return self.base.lm_head(states)[..., : self.base.config.landmark_token_id]
 
+    def fitting(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _with_landmark(weights, self.base.config.landmark_token_id)
+
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, LandmarkCache]:
         cache = LandmarkCache(self.base.config)
@@ -79,10 +83,18 @@ def build(
     fields |= {"num_retrieved_blocks": k, "train_context_length": segment + segment // (block_size - 1)}
     with torch.random.fork_rng(devices=[]):
         model = LandmarkLlamaForCausalLM(LandmarkLlamaConfig(**fields | settings))
-    weights = base.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = torch.cat([weights[name], weights[name].mean(dim=0, keepdim=True)])
-    foreign = model.load_state_dict(weights, strict=False).unexpected_keys
+    foreign = model.load_state_dict(_with_landmark(base.state_dict(), vocabulary), strict=False).unexpected_keys
     if foreign:
         raise ValueError(f"base: has weights that a landmark LLaMA has not, the first being {foreign[0]}")
     return LandmarkReader(model, segment, stream)
+
+
+def _with_landmark(weights: dict[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+    """The same weights; where they are those of a dense model, the landmark gets the mean row."""
+    rows = ("embed_tokens.weight", "lm_head.weight")
+    return {
+        name: torch.cat([weight, weight.mean(dim=0, keepdim=True)])
+        if name.endswith(rows) and len(weight) == vocabulary
+        else weight
+        for name, weight in weights.items()
+    }
