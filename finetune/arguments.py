@@ -70,6 +70,9 @@ class ModelArguments:
     num_sink_blocks: int | None = field(
         default=None, metadata={"help": "so many of the retrieved blocks are always the first ones of the text"}
     )
+    num_question_blocks: int | None = field(
+        default=None, metadata={"help": "the last so many blocks of a call choose per token, whatever the granularity"}
+    )
     landmarks_only: bool = field(
         default=False,
         metadata={"help": "train the calibration of landmarks alone; needs exact block_weight and landmark_query_rank"},

@@ -46,6 +46,7 @@ class RetrievalSettings(NamedTuple):
     num_direct_blocks: blocks before its own that a query reads directly; in chunked attention, at most so many.
     num_sink_blocks: of those that it retrieves, the first ones of the text, whatever they score.
     exact_weights: whether blocks weigh what their tokens do (`block_weight="exact"`).
+    num_question_blocks: at the end of a call, so many blocks whose queries share no choice.
     """
 
     num_retrieved_blocks: int
@@ -54,6 +55,7 @@ class RetrievalSettings(NamedTuple):
     granularity: RetrievalGranularity
     num_sink_blocks: int = 0
     exact_weights: bool = False
+    num_question_blocks: int = 0
 
     @property
     def chunked(self) -> bool:
@@ -93,6 +95,8 @@ class LandmarkConfig(InstalledClass):
         or what its tokens weigh in ordinary attention (`"exact"`), so that landmarks only choose which blocks are read
         (`docs/exact_weights.md`).
     num_sink_blocks: so many of the retrieved blocks are the first ones of the text, whatever they score.
+    num_question_blocks: with `"head"` and `"sliding"`, the queries of the so many last blocks of each call choose for
+        themselves, as with `"token_and_head"`: a question stands there, and shares no choice with the text before it.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
     kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded
@@ -119,6 +123,7 @@ class LandmarkConfig(InstalledClass):
     landmark_query_rank: int = 0
     block_weight: str = "landmark"
     num_sink_blocks: int = 0
+    num_question_blocks: int = 0
     predict_from_landmark: bool = False
     num_padded_tokens: int = 0
     kernels: bool = True
@@ -181,7 +186,9 @@ class LandmarkConfig(InstalledClass):
             )
         direct = room if local is None or attention == "chunked" else local
         sinks = min(self.num_sink_blocks, retrieved)
-        return RetrievalSettings(retrieved, direct, attention, granularity, sinks, self.block_weight == "exact")
+        questions = self.num_question_blocks if (attention, granularity) == ("sliding", "head") else 0
+        exact = self.block_weight == "exact"
+        return RetrievalSettings(retrieved, direct, attention, granularity, sinks, exact, questions)
 
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
         """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
@@ -207,6 +214,8 @@ class LandmarkConfig(InstalledClass):
                 f"num_sink_blocks={self.num_sink_blocks}: must be from 0 to "
                 f"num_retrieved_blocks={self.num_retrieved_blocks}, of which they are a part"
             )
+        if self.num_question_blocks < 0:
+            raise ValueError(f"num_question_blocks={self.num_question_blocks}: must not be negative; 0 for none")
         if self.landmark_query_rank < 0:
             raise ValueError(f"landmark_query_rank={self.landmark_query_rank}: must not be negative; 0 for none")
         if self.train_retrieved_blocks is None:

@@ -169,6 +169,7 @@ class FromDenseMixin:
         landmark_query_rank: int = 0,
         block_weight: BlockWeight = "landmark",
         num_sink_blocks: int = 0,
+        num_question_blocks: int = 0,
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> Any:
@@ -204,6 +205,7 @@ class FromDenseMixin:
                 "landmark_query_rank": landmark_query_rank,
                 "block_weight": block_weight,
                 "num_sink_blocks": num_sink_blocks,
+                "num_question_blocks": num_question_blocks,
                 "predict_from_landmark": predict_from_landmark,
             },
             from_pretrained,

@@ -20,20 +20,36 @@ RETRIEVED_ELEMENTS = 1 << 22
 
 
 class Chunk(NamedTuple):
-    """A part of a streamed call: where it begins among the call's columns, (batch,), and its queries."""
+    """A part of a streamed call: where it begins among the call's columns, (batch,), its queries, how they read."""
 
     begin: Tensor
     length: Tensor
     groups: QueryGroups
+    settings: RetrievalSettings
 
 
 def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: LandmarkConfig) -> Iterator[Chunk]:
-    """Cuts a call into chunks of whole blocks of every row."""
+    """Cuts a call into chunks of whole blocks of every row; the question at its end goes by itself."""
+    stop = layout.start + layout.length
+    if not settings.num_question_blocks or int(layout.length.max()) <= 1:
+        yield from _cut(layout, layout.start, stop, settings, config)
+        return
+    last = (stop - 1) // config.block_size
+    question = ((last + 1 - settings.num_question_blocks) * config.block_size).clamp_min(layout.start).minimum(stop)
+    yield from _cut(layout, layout.start, question, settings, config)
+    yield from _cut(layout, question, stop, settings._replace(granularity="token_and_head"), config)
+
+
+def _cut(
+    layout: Layout, start: Tensor, stop: Tensor, settings: RetrievalSettings, config: LandmarkConfig
+) -> Iterator[Chunk]:
+    """Chunks of the landmarked positions from `start` to `stop`, both (batch,), of a call."""
     block_size = config.block_size
     blocks = settings.chunk_blocks if settings.chunked else _chunk_blocks(layout, settings, config)
-    first, stop = layout.start // block_size, layout.start + layout.length
-    for skipped in range(0, int((-(-stop // block_size) - first).max()), blocks):
-        begin = torch.maximum(layout.start, (first + skipped) * block_size).minimum(stop)
+    first = start // block_size
+    begun = torch.where(stop > start, -(-stop // block_size) - first, 0)
+    for skipped in range(0, int(begun.max()), blocks):
+        begin = torch.maximum(start, (first + skipped) * block_size).minimum(stop)
         length = ((first + skipped + blocks) * block_size).minimum(stop) - begin
         groups = QueryGroups.of(
             begin,
@@ -44,7 +60,7 @@ def cut_into_chunks(layout: Layout, settings: RetrievalSettings, config: Landmar
             share=settings.granularity == "head",
             block_size=block_size,
         )
-        yield Chunk(begin - layout.start, length, groups)
+        yield Chunk(begin - layout.start, length, groups, settings)
 
 
 def _tile_blocks(settings: RetrievalSettings, config: LandmarkConfig) -> int:

@@ -28,7 +28,7 @@ class StreamingMixin:
             keep_freed_memory()
         for chunk in cut_into_chunks(layout, settings, self.config):
             how = {"kernels": self.config.kernels, "pooled": self.config.landmark_key == "pooled"}
-            table = Table(chunk.groups.to(device), cache.storages, settings, **how)
+            table = Table(chunk.groups.to(device), cache.storages, chunk.settings, **how)
             begin = chunk.begin.to(device).unsqueeze(1)
             column = begin + torch.arange(table.groups.slot.shape[1], device=device)
             states = self._embed(rows.content, layout.source.gather(1, column.clamp_max(layout.source.shape[1] - 1)))
