@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import in_float64, random_ids, tiny_model
@@ -9,6 +11,7 @@ from tiny import in_float64, random_ids, tiny_model
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
 from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import DeviceStorage
+from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
 from landmark_llama.reading.trace import record_retrieved
 
 BLOCK, TOKENS, ALL = 8, 7, 1000
@@ -76,6 +79,17 @@ def test_rows_of_a_ragged_batch_choose_for_themselves() -> None:
     for row in range(2):
         alone = ids[row : row + 1, mask[row] == 1]
         assert torch.equal(model.generate(input_ids=alone, **how)[0, -4:], both[row])
+
+
+@pytest.mark.parametrize("tier", ["host", "file"])
+def test_a_slower_tier_gives_the_same_bits(tier: str, tmp_path: Path) -> None:
+    model, ids = make_model(5), random_ids(1, 30 * TOKENS + 3)
+    storage = HostStorage(budget=0) if tier == "host" else FileStorage(tmp_path, budget=0)
+    how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    how["return_dict_in_generate"] = True
+    expected = model.generate(ids, past_key_values=LandmarkCache(model.config), **how)
+    found = model.generate(ids, past_key_values=LandmarkCache(model.config, storage=storage), **how)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
 
 
 def test_only_where_heads_share_choices_is_anything_compared_again() -> None:

@@ -40,7 +40,7 @@ def choose_by_weight(
     recent = candidates.unsqueeze(-1) + torch.arange(-k, 0, device=candidates.device)  # (batch, groups, k)
     older = _proposed(scoring, storage, (candidates - k).clamp_min(0), valid, num_reranked_blocks, num_sink_blocks)
     block = torch.cat([older, recent.unsqueeze(1).expand(-1, older.shape[1], -1, -1)], dim=-1)
-    key = storage.gather(block.clamp_min(0))[0][..., :-1, :].to(rotated.dtype)
+    key = _keys(storage, block.clamp_min(0))[..., :-1, :].to(rotated.dtype)
     number = older.shape[-1]
     far = torch.einsum("bhgnqd,bhnmtd->bhgnqmt", rotated[..., 0, :], key[:, :, :, :number]).logsumexp(-1)
     near = torch.einsum("bhgnqkd,bhnktd->bhgnqkt", rotated[..., 1:, :], key[:, :, :, number:]).logsumexp(-1)
@@ -72,3 +72,15 @@ def _proposed(scoring: Tensor, storage: BlockStorage, older: Tensor, valid: Tens
     )  # (batch, kv_heads, groups, blocks)
     value, block = shares.topk(min(number, most), dim=-1)
     return block.masked_fill(value == 0, -1).sort(-1).values
+
+
+def _keys(storage: BlockStorage, block: Tensor) -> Tensor:
+    """Keys (batch, kv_heads, groups, blocks, block_size, head_dim) of `block`; without their values, where that saves
+    anything.
+    """
+    if storage.resident is None:
+        return storage.gather(block)[0]
+    key = storage.resident[0]
+    place = torch.arange(key.shape[0] * key.shape[1], device=block.device).view(*key.shape[:2], 1, 1)
+    place = (place * storage.capacity + block.clamp_max(storage.capacity - 1)).flatten()
+    return key.flatten(0, 2).index_select(0, place).view(*block.shape, *key.shape[-2:])
