@@ -182,7 +182,9 @@ def draw(measured: Sequence[Measured], seed: int):
         if one.training_context:
             contexts[one.training_context].append((one.label, colour))
     for context, methods in contexts.items():
-        names = "all" if len(contexts) == 1 else ", ".join(name for name, _ in methods)
+        names = "all" if len(contexts) == 1 else ", ".join(name for name, _ in methods[:2])
+        if len(contexts) > 1 and len(methods) > 2:  # a legend has to fit its picture
+            names += f" and {len(methods) - 2} more"
         colour = "0.3" if len(contexts) == 1 else methods[0][1]
         label = f"{names}{_TRAINED_AT}{context:,} positions"
         axes.axvline(context, color=colour, linestyle=":", linewidth=1.5, label=label)
