@@ -98,6 +98,10 @@ class Arguments(ReadingArguments):
     )
     num_depths: int = field(default=5, metadata={"help": "Depths of the grid; has to divide --samples."})
     seed: int = field(default=0, metadata={"help": "Seed of the first prompt of a length; the next has the next one."})
+    needle_rank: bool = field(
+        default=False,
+        metadata={"help": "Also say at which rank each layer and head of the landmark model sees the needle's block."},
+    )
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -111,6 +115,8 @@ class Arguments(ReadingArguments):
         self.task = list(dict.fromkeys(map(str, names)))
         self.lengths = sorted(set(self.lengths))
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.needle_rank and self.device != "cpu":
+            raise InputError(f"--needle_rank: is measured on a CPU, not on {self.device}; add --device cpu")
 
     def _check_numbers(self) -> None:
         for length in self.lengths:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eval_passkey.prompts import Prompt, Task, drawn_length
+from eval_passkey.ranks import ranks_of_needle
 from eval_passkey.tasks import make_task
 from landmark_llama import LandmarkCache
 from landmark_llama.configuration import LandmarkConfig
@@ -51,6 +52,7 @@ def ask(
     period: int | None = None,
     cache: LandmarkCache | None = None,
     progress: Callable[[int], object] | None = None,
+    needle_rank: bool = False,
 ) -> dict:
     """Asks one prompt and returns its row of results.
 
@@ -59,10 +61,17 @@ def ask(
         there are no blocks.
     cache: empty, what the model keeps its memory in; None: its own.
     progress: is told how many tokens of the prompt each call has read, where there are several.
+    needle_rank: the row says, too, at which rank each layer and head of a landmark model saw the needle's block; the
+        prompt's last token is then read by a call of its own.
     """
     prompt = task.prompt(prompt_tokens or length, seed, depth)
     start = time.perf_counter()
+    if needle_rank and cache is None:
+        cache = LandmarkCache(model.config)
     kept = (cache,) if cache is None else (cache, progress)
+    if needle_rank:
+        read_prompt(model, torch.tensor([prompt.input_ids], device=model.device), prompt.max_new_tokens, *kept)
+        ranks = ranks_of_needle(model, cache, prompt)
     answer = generate_answer(model, task.encoder.tokenizer, prompt, *kept)
     seconds = time.perf_counter() - start
     verdict = task.judge(answer, prompt)
@@ -78,6 +87,7 @@ def ask(
         "correct": verdict.correct,
         "recall": round(verdict.recall, 6),
         "seconds": round(seconds, 4),
+        **(ranks if needle_rank else {}),
     }
 
 
@@ -95,12 +105,7 @@ def generate_answer(
     """
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
     if cache is not None and model.config.local_attention == "sliding":  # in which calls of whole blocks change nothing
-        ordinary = input_ids.shape[1] + prompt.max_new_tokens
-        cache.expect(ordinary + ordinary // block_tokens(model.config))  # so that what a tier holds is never moved
-        for piece in input_ids[:, :-1].split(CALL_BLOCKS * block_tokens(model.config), dim=1):
-            model(piece, past_key_values=cache, logits_to_keep=1)
-            if progress is not None:
-                progress(piece.shape[1])
+        read_prompt(model, input_ids, prompt.max_new_tokens, cache, progress)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -113,6 +118,24 @@ def generate_answer(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def read_prompt(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    cache: LandmarkCache,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Reads what `cache` does not hold yet of a prompt (1, length) without its last token, in several calls."""
+    ordinary = input_ids.shape[1] + max_new_tokens
+    cache.expect(ordinary + ordinary // block_tokens(model.config))  # so that what a tier holds is never moved
+    rest = input_ids[:, cache.get_seq_length() : -1]
+    for piece in rest.split(CALL_BLOCKS * block_tokens(model.config), dim=1) if rest.shape[1] else ():
+        model(piece, past_key_values=cache, logits_to_keep=1)
+        if progress is not None:
+            progress(piece.shape[1])
 
 
 def block_tokens(config) -> int | None:

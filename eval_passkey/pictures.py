@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval_passkey.ranks import summarise_ranks
 from eval_passkey.report import Measured, bin_name, phase_bins, phase_counts, summarise
 
 _RANDOM_DEPTH_BANDS = 5
@@ -19,6 +20,8 @@ def draw(models: Sequence[Measured], output: Path) -> list[Path]:
     pictures = [("accuracy.png", plot_accuracy), ("depth.png", plot_depth)]
     if any(model.period for model in models):
         pictures.append(("phase.png", plot_phase))
+    if summarise_ranks(models[0].rows):
+        pictures.append(("rank.png", plot_rank))
     for name, plot in pictures:
         plot(models, output / name)
     return [output / name for name, _ in pictures]
@@ -52,6 +55,27 @@ def plot_accuracy(models: Sequence[Measured], path: Path) -> None:
     order = sorted(range(len(labels)), key=lambda i: _TRAINED_AT in labels[i])  # models come first
     handles, labels = [handles[i] for i in order], [labels[i] for i in order]
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def plot_rank(models: Sequence[Measured], path: Path) -> None:
+    """Rank of the needle's block over the number of blocks, by each task's best head: median and 90th percentile."""
+    figure, axes = _new_figure(7.2, 4.6)
+    summaries = summarise_ranks(models[0].rows)
+    retrieved = max(row["retrieved"] for row in models[0].rows if "retrieved" in row)
+    for i, task in enumerate(dict.fromkeys(summary.task for summary in summaries)):
+        own = [summary for summary in summaries if summary.task == task]
+        blocks, colour = [summary.candidates for summary in own], _COLOURS[i % len(_COLOURS)]
+        label = f"{task} (layer {own[0].layer}, head {own[0].head})"
+        axes.plot(blocks, [1 + summary.median for summary in own], color=colour, marker="o", label=label)
+        axes.fill_between(blocks, [1 + x.median for x in own], [1 + x.ninth for x in own], color=colour, alpha=0.15)
+    axes.axhline(retrieved, color="0.4", linestyle=":", label=f"{retrieved} blocks are retrieved")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("blocks that could be retrieved")
+    axes.set_ylabel("rank of the needle's block, from 1")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
 
 

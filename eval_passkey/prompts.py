@@ -35,13 +35,17 @@ class NoRoomError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what it hides. `depth` is the share of the haystack's tokens before the needle that is asked for."""
+    """A prompt and what it hides. `depth` is the share of the haystack's tokens before the needle that is asked for.
+
+    needle: where that needle's tokens begin and end; None where it does not stand by itself between haystack.
+    """
 
     input_ids: list[int]
     answers: tuple[str, ...]
     depth: float
     seed: int
     max_new_tokens: int
+    needle: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
@@ -153,12 +157,17 @@ class Encoder:
             raise NoRoomError(length - room)
         pieces = haystack.split(room, hidden.cuts, rng, first=hidden.parts[0] is None and self._opens)
         depth = sum(map(len, pieces[: hidden.before])) / room if room else 0.0
-        rest = iter(pieces)
+        rest, passed, needle = iter(pieces), 0, None
         input_ids = list(self.start)
-        for ids in parts:
+        for i, ids in enumerate(parts):
+            begin = len(input_ids)
             input_ids += next(rest) if ids is None else ids
+            if ids is None:
+                passed += 1
+            elif needle is None and 0 < passed == hidden.before and i + 1 < len(parts):
+                needle = begin, len(input_ids)
         depth = depth if hidden.depth is None else hidden.depth
-        return Prompt(input_ids, hidden.answers, depth, seed, self.new_tokens(hidden.answers))
+        return Prompt(input_ids, hidden.answers, depth, seed, self.new_tokens(hidden.answers), needle)
 
 
 class Task:

@@ -31,6 +31,7 @@ from eval_passkey.measure import ask, block_tokens
 from eval_passkey.models import Subject, device_in_words, find_subject, load_model, versions
 from eval_passkey.pictures import draw
 from eval_passkey.prompts import Encoder, InputError, Task, drawn_length
+from eval_passkey.ranks import rank_table
 from eval_passkey.report import Measured, phase_table, summarise, summarise_phases, table
 from eval_passkey.results import ResultsFolder
 from eval_passkey.tasks import TaskName, make_task
@@ -57,6 +58,9 @@ class PasskeyRun:
         self.tasks = make_tasks(args, subject)
         self._refuse_short_lengths()
         self.storage = args.storage(subject) if role == "model" else None
+        self.needle_rank = args.needle_rank and role == "model"
+        if self.needle_rank and not subject.is_landmark:
+            raise InputError(f"--needle_rank: needs a landmark model, and {subject.name} is none")
         self.skipped: list[dict] = []
         settings = {
             "protocol": PROTOCOL,
@@ -68,6 +72,7 @@ class PasskeyRun:
             "chat_template": args.chat_template,
             "dtype": args.dtype,
             "retrieval": subject.retrieval_settings,
+            "needle_rank": self.needle_rank or None,
         }
         folder = Path(args.output) / ("baseline" if role == "baseline" else "")
         identity = {"fingerprint": subject.fingerprint, "settings": settings}
@@ -125,7 +130,7 @@ class PasskeyRun:
         seed, tokens, depth = self.args.seed + sample, self._tokens(length, sample), self.args.depth(sample)
         try:
             how = {"prompt_tokens": tokens, "depth": depth, "period": self.period, "progress": progress}
-            row = ask(model, task, length, seed, cache=self._new_cache(), **how)
+            row = ask(model, task, length, seed, cache=self._new_cache(), needle_rank=self.needle_rank, **how)
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             # a baseline may also run past its positions; of the model, nothing but a lack of memory is put aside
             if self.role == "model" and not is_out_of_memory(error):
@@ -213,6 +218,8 @@ def main(argv: list[str] | None = None, on_row: Callable[[Role, dict], None] | N
     print(table(models))
     if period:
         print("\n" + phase_table(models))
+    if args.needle_rank:
+        print("\n" + rank_table(models[0].rows))
     paths = [path for run in runs for path in (run.results.rows_path, run.results.summary_path)]
     models = [model for model in models if model.rows]
     if models:

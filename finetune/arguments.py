@@ -73,6 +73,9 @@ class ModelArguments:
     num_question_blocks: int | None = field(
         default=None, metadata={"help": "the last so many blocks of a call choose per token, whatever the granularity"}
     )
+    num_reranked_blocks: int | None = field(
+        default=None, metadata={"help": "there and in decoding steps, so many blocks are compared by what they weigh"}
+    )
     landmarks_only: bool = field(
         default=False,
         metadata={"help": "train the calibration of landmarks alone; needs exact block_weight and landmark_query_rank"},

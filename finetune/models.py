@@ -35,6 +35,7 @@ LANDMARK_SETTINGS = (
     "block_weight",
     "num_sink_blocks",
     "num_question_blocks",
+    "num_reranked_blocks",
     "predict_from_landmark",
 )
 TOKENIZER_DOCUMENTS = 8000  # as many documents of the embedded corpus are enough for its tokenizer

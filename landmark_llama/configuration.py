@@ -47,6 +47,7 @@ class RetrievalSettings(NamedTuple):
     num_sink_blocks: of those that it retrieves, the first ones of the text, whatever they score.
     exact_weights: whether blocks weigh what their tokens do (`block_weight="exact"`).
     num_question_blocks: at the end of a call, so many blocks whose queries share no choice.
+    num_reranked_blocks: of queries that share no choice, so many blocks are compared by what they weigh.
     """
 
     num_retrieved_blocks: int
@@ -56,6 +57,7 @@ class RetrievalSettings(NamedTuple):
     num_sink_blocks: int = 0
     exact_weights: bool = False
     num_question_blocks: int = 0
+    num_reranked_blocks: int = 0
 
     @property
     def chunked(self) -> bool:
@@ -97,6 +99,8 @@ class LandmarkConfig(InstalledClass):
     num_sink_blocks: so many of the retrieved blocks are the first ones of the text, whatever they score.
     num_question_blocks: with `"head"` and `"sliding"`, the queries of the so many last blocks of each call choose for
         themselves, as with `"token_and_head"`: a question stands there, and shares no choice with the text before it.
+    num_reranked_blocks: there, and in decoding steps with `"head"` and `"exact"`, landmarks propose so many blocks, and
+        those of them are read that weigh most. 0: landmarks alone choose.
     predict_from_landmark: True: the landmark of a block predicts the token after it. False: the block's last ordinary
         token does.
     kernels: False: PyTorch computes attention on a GPU, too, not the Triton kernels. It may be changed on a loaded
@@ -124,6 +128,7 @@ class LandmarkConfig(InstalledClass):
     block_weight: str = "landmark"
     num_sink_blocks: int = 0
     num_question_blocks: int = 0
+    num_reranked_blocks: int = 0
     predict_from_landmark: bool = False
     num_padded_tokens: int = 0
     kernels: bool = True
@@ -186,9 +191,10 @@ class LandmarkConfig(InstalledClass):
             )
         direct = room if local is None or attention == "chunked" else local
         sinks = min(self.num_sink_blocks, retrieved)
-        questions = self.num_question_blocks if (attention, granularity) == ("sliding", "head") else 0
+        asked = (self.num_question_blocks, self.num_reranked_blocks)
+        questions = asked if (attention, granularity) == ("sliding", "head") else (0, 0)
         exact = self.block_weight == "exact"
-        return RetrievalSettings(retrieved, direct, attention, granularity, sinks, exact, questions)
+        return RetrievalSettings(retrieved, direct, attention, granularity, sinks, exact, *questions)
 
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
         """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
@@ -216,6 +222,13 @@ class LandmarkConfig(InstalledClass):
             )
         if self.num_question_blocks < 0:
             raise ValueError(f"num_question_blocks={self.num_question_blocks}: must not be negative; 0 for none")
+        if self.num_reranked_blocks < 0:
+            raise ValueError(f"num_reranked_blocks={self.num_reranked_blocks}: must not be negative; 0 for none")
+        if self.num_reranked_blocks and self.block_weight != "exact":
+            raise ValueError(
+                f"num_reranked_blocks={self.num_reranked_blocks}: what blocks weigh is known with "
+                f"block_weight='exact' only, not with {self.block_weight!r}"
+            )
         if self.landmark_query_rank < 0:
             raise ValueError(f"landmark_query_rank={self.landmark_query_rank}: must not be negative; 0 for none")
         if self.train_retrieved_blocks is None:

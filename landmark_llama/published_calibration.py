@@ -27,7 +27,7 @@ from landmark_llama.configuration import RETRIEVAL_SETTINGS, LandmarkLlamaConfig
 RECORD, WEIGHTS = "calibration.json", "calibration.safetensors"
 SETTINGS = (
     "block_size", "train_context_length", *RETRIEVAL_SETTINGS, "landmark_key", "landmark_query_rank", "block_weight",
-    "num_sink_blocks", "num_question_blocks", "predict_from_landmark",
+    "num_sink_blocks", "num_question_blocks", "num_reranked_blocks", "predict_from_landmark",
 )  # fmt: skip
 INPUT_ROW, OUTPUT_ROW = "landmark_row", "landmark_output_row"
 

@@ -17,7 +17,7 @@ from landmark_llama.published_calibration import RECORD, load_calibration, read_
 SETTINGS = {
     "block_size": 64, "train_context_length": 2048, "num_retrieved_blocks": 8, "num_local_blocks": 8,
     "retrieval_granularity": "head", "landmark_key": "pooled", "block_weight": "exact", "num_sink_blocks": 1,
-    "num_question_blocks": 2,
+    "num_question_blocks": 2, "num_reranked_blocks": 64,
 }  # fmt: skip
 RANK = 32  # of a calibration that is trained
 MADE_OF = "made_of.json"

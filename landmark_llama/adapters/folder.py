@@ -43,7 +43,7 @@ SHAPE = (
 )  # fmt: skip
 LANDMARK_SETTINGS = (
     *RETRIEVAL_SETTINGS, "train_context_length", "train_retrieved_blocks", "landmark_key", "block_weight",
-    "num_sink_blocks", "num_question_blocks", "predict_from_landmark",
+    "num_sink_blocks", "num_question_blocks", "num_reranked_blocks", "predict_from_landmark",
 )  # fmt: skip
 
 

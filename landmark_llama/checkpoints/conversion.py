@@ -170,6 +170,7 @@ class FromDenseMixin:
         block_weight: BlockWeight = "landmark",
         num_sink_blocks: int = 0,
         num_question_blocks: int = 0,
+        num_reranked_blocks: int = 0,
         predict_from_landmark: bool = False,
         **from_pretrained: Any,
     ) -> Any:
@@ -206,6 +207,7 @@ class FromDenseMixin:
                 "block_weight": block_weight,
                 "num_sink_blocks": num_sink_blocks,
                 "num_question_blocks": num_question_blocks,
+                "num_reranked_blocks": num_reranked_blocks,
                 "predict_from_landmark": predict_from_landmark,
             },
             from_pretrained,

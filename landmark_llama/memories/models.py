@@ -71,6 +71,7 @@ def settings_of(state: Manifest) -> dict[str, Any]:
         "retrieval_granularity": read.granularity,
         "num_sink_blocks": read.num_sink_blocks,
         "num_question_blocks": read.num_question_blocks,
+        "num_reranked_blocks": read.num_reranked_blocks,
         "block_weight": "exact" if read.exact_weights else "landmark",
     }
     return settings if read.chunked else {**settings, "num_local_blocks": read.num_direct_blocks}

@@ -144,7 +144,12 @@ class AlignedStep:
     ) -> AlignedStep | None:
         """The step of `batch` rows, or None where one of the conditions does not hold."""
         ordinary = [] if cache.ordinary_counts is None else cache.ordinary_counts.tolist()
-        if len(ordinary) != batch or ordinary.count(ordinary[0]) < batch or settings.granularity == "token":
+        if (
+            len(ordinary) != batch
+            or ordinary.count(ordinary[0]) < batch
+            or settings.granularity == "token"
+            or settings.num_reranked_blocks
+        ):
             return None
         storages, block_size = cache.storages, config.block_size
         block, offset = divmod(ordinary[0], block_size - 1)

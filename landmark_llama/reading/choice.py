@@ -239,6 +239,19 @@ def _choose(
     return (with_sinks(block, sinks, n) if sinks else block).sort(-1).values
 
 
+@torch.no_grad()
+def scores_of_all(rotated: Tensor, landmarks: Tensor, candidates: Tensor, biases: Tensor | None = None) -> Tensor:
+    """What single queries compare when they choose: the scores of all candidates, (batch, kv_heads, group, blocks).
+
+    Args:
+        rotated: (batch, kv_heads, group, k + 1, head_dim); landmarks, biases: as in `choose_blocks`.
+        candidates: (batch,): number of candidates of each query. -inf stands behind the last one.
+    """
+    query, number = rotated[:, :, :, None, None], candidates.unsqueeze(1)
+    scores, first = _scores(query, None, landmarks.to(rotated.dtype), biases, number, rotated.shape[-2] - 1)
+    return scores[:, :, :, 0, 0, -first:]
+
+
 def with_sinks(block: Tensor, sinks: int, candidates: Tensor) -> Tensor:
     """Puts the first `sinks` candidates before the blocks (..., k - sinks) that were chosen among the others; -1 for
     one that is no candidate.

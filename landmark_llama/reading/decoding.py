@@ -22,8 +22,9 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable, StillTable
 from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
-from landmark_llama.reading.choice import choose_blocks, with_sinks
+from landmark_llama.reading.choice import choose_blocks, scores_of_all, with_sinks
 from landmark_llama.reading.highest import top_latest
+from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import recorder
 
@@ -117,7 +118,13 @@ class DecodingStep:
         table = self.direct
         if self.candidates is not None:
             tie = layer_idx == 0 and not self.pooled
-            chosen = self._choose(query if scoring is None else scoring, storage, tie).expand(*query.shape[:4], -1)
+            if self.settings.num_reranked_blocks and not tie:
+                chosen = self._rerank(query, query if scoring is None else scoring, storage)
+            else:
+                chosen = self._choose(query if scoring is None else scoring, storage, tie)
+            chosen = chosen.expand(*query.shape[:4], -1)
+            if not tie and (found := recorder()) is not None and found.scores:
+                found.add_scores(layer_idx, self._scores(query if scoring is None else scoring, storage))
             table = torch.cat([chosen, table.expand(*query.shape[:4], -1)], dim=-1)
             # of the last candidates and the direct blocks, each is read at its own distance; those before, one farther
             near = table >= self.candidates.first_recent
@@ -176,6 +183,21 @@ class DecodingStep:
         if sinks:
             chosen = with_sinks(chosen, sinks, candidates.number.view(-1, 1, 1, 1, 1))
         return chosen.sort(-1).values
+
+    def _rerank(self, query: Tensor, scoring: Tensor, storage: BlockStorage) -> Tensor:
+        """As `_choose`, by what the blocks weigh for `query`, of those that `scoring` proposes."""
+        k, settings = self.settings.num_retrieved_blocks, self.settings
+        asked = {"num_reranked_blocks": settings.num_reranked_blocks, "num_sink_blocks": settings.num_sink_blocks}
+        rotated, farthest = query[..., : k + 1, :].unsqueeze(3), scoring[..., 0, :].unsqueeze(3)
+        shown = storage, self.candidates.number, self.valid.unsqueeze(1)
+        return choose_by_weight(rotated, farthest, *shown, **asked).block.squeeze(3)
+
+    def _scores(self, query: Tensor, storage: BlockStorage) -> Tensor:
+        """What the queries of the tokens compare, (batch, heads, candidates); arguments as of `_choose`."""
+        most, k = self.candidates.most, self.settings.num_retrieved_blocks
+        token = query[torch.arange(len(query)), :, :, self.output[:, 0], : k + 1]
+        biases = storage.biases(most) if self.pooled else None
+        return scores_of_all(token, storage.landmarks(most), self.candidates.number[:, 0], biases).flatten(1, 2)
 
     def _weights(self, scores: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the positions of a table of blocks, the own one last, 0 for landmarks; and of the blocks.

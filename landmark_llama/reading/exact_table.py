@@ -26,6 +26,7 @@ from torch import Tensor
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.choice import Choice, choose_blocks, landmarks_at_their_distances, rotate_to_distances
 from landmark_llama.reading.groups import QueryGroups
+from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import BlockStorage
 
 LAID_OUT_ELEMENTS = 1 << 21  # of keys at once: few, to stay in the cores' caches
@@ -74,6 +75,7 @@ def attend_exact_table(
     granularity: str,
     landmarks_tie: bool,
     num_sink_blocks: int,
+    num_reranked_blocks: int,
     rotary: RotaryTable,
     scale: float,
 ) -> Tensor:
@@ -81,7 +83,7 @@ def attend_exact_table(
 
     Args:
         query: (batch, columns, kv_heads, group, head_dim), not rotated; `landmark_query` likewise, if there is one.
-        k: blocks that a query retrieves; the rest as in `choose_blocks`.
+        k: blocks that a query retrieves; the rest as in `choose_blocks` and `choose_by_weight`.
     """
 
     def grouped(x: Tensor) -> Tensor:
@@ -91,11 +93,17 @@ def attend_exact_table(
     if k and groups.candidates:
         scoring = by_group if landmark_query is None else grouped(landmark_query)
         how = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
-        choice = _choose(scoring * scale, storage, groups, k, rotary, how)
+        if num_reranked_blocks:
+            asked = {"num_reranked_blocks": num_reranked_blocks, "num_sink_blocks": num_sink_blocks}
+            distances = rotate_to_distances(by_group * scale, groups.position, k, storage.block_size, rotary)
+            farthest = _rotated(scoring * scale, groups.position + (k + 1) * storage.block_size, rotary)
+            choice = choose_by_weight(distances, farthest, storage, groups.first_block, groups.valid, **asked)
+        else:
+            choice = _choose(scoring * scale, storage, groups, k, rotary, how)
     if choice is not None and choice.block.shape[4] == 1 and choice.block.shape[1:3] == by_group.shape[1:3]:
         output = _attend_shared(by_group, storage, groups, choice, rotary, scale)
     else:
-        if choice is not None:
+        if choice is not None and distances is None:
             distances = rotate_to_distances(by_group * scale, groups.position, k, storage.block_size, rotary)
         output = _attend_by_block(by_group, distances, storage, groups, choice, rotary, scale)
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)

@@ -35,7 +35,8 @@ class StreamingMixin:
             local = output - begin
             row, place = ((local >= 0) & (local < chunk.length.to(device).unsqueeze(1))).nonzero(as_tuple=True)
             layers = functools.partial(self._through_layers, rotary=rotary)
-            if cache.graphs is None or not len(row) or recorder() is not None:
+            plain = cache.graphs is None or recorder() is not None or chunk.settings.num_reranked_blocks
+            if plain or not len(row):
                 # later calls read the last layer's keys and values, but its output is read only where it is kept
                 states = layers(states, table, fill_cache_only=not len(row))
             else:

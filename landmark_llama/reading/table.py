@@ -21,6 +21,7 @@ from landmark_llama.configuration import RetrievalSettings
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
 from landmark_llama.reading.exact_table import attend_exact_table
 from landmark_llama.reading.groups import QueryGroups
+from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import Report, report_of_chunk
 
@@ -83,6 +84,7 @@ class Table:
             num_retrieved_blocks=self.settings.num_retrieved_blocks,
             granularity=self.settings.granularity,
             num_sink_blocks=self.settings.num_sink_blocks,
+            num_reranked_blocks=self.settings.num_reranked_blocks,
             exact_weights=self.settings.exact_weights,
             rotary=rotary,
             scale=scale,
@@ -121,6 +123,7 @@ def attend_through_table(
     scale: float,
     landmarks_tie: bool,
     num_sink_blocks: int = 0,
+    num_reranked_blocks: int = 0,
     exact_weights: bool = False,
     kernels: bool = True,
     landmark_query: Tensor | None = None,
@@ -132,6 +135,7 @@ def attend_through_table(
         query: (batch, columns, kv_heads, group, head_dim), not rotated.
         rotary: holds every position that a window can ask for.
         landmarks_tie, num_sink_blocks: as in `choose_blocks`.
+        num_reranked_blocks: if not 0, queries that share no choice choose as in `choose_by_weight`.
         exact_weights: blocks weigh what their tokens do, whatever their landmarks score.
         kernels: use the GPU kernels where they can run. False: PyTorch.
         landmark_query: the shape of `query`, not rotated: what scores landmarks in its place.
@@ -141,13 +145,16 @@ def attend_through_table(
         (batch, columns, kv_heads, group, head_dim), in the dtype of `query`.
     """
     shared = {"k": num_retrieved_blocks, "granularity": granularity, "landmarks_tie": landmarks_tie}
+    if groups.valid.shape[2] > 1 and granularity != "token_and_head" or landmarks_tie:
+        num_reranked_blocks = 0
     if exact_weights and report is None and query.device.type == "cpu":
         how = {**shared, "num_sink_blocks": num_sink_blocks, "rotary": rotary, "scale": scale}
+        how["num_reranked_blocks"] = num_reranked_blocks
         return attend_exact_table(query, landmark_query, storage, groups, **how)
     settings = {"block_size": storage.block_size, "rotary": rotary, "scale": scale}
     kernels = kernels and report is None and kernels_take(storage, query.dtype, rotary)
     grouped = scoring = rotated = rotated_scoring = choice = None
-    if not kernels or granularity == "token":  # for which there is no kernel
+    if not kernels or granularity == "token" or num_reranked_blocks:  # for which there is no kernel
         grouped = groups.gather(query).permute(0, 3, 4, 1, 2, 5)  # (batch, kv_heads, group, groups, queries, head_dim)
         if landmark_query is not None:
             scoring = groups.gather(landmark_query).permute(0, 3, 4, 1, 2, 5)
@@ -157,6 +164,7 @@ def attend_through_table(
             scoring = query if landmark_query is None else landmark_query
             choice = _choose_with_kernels(scoring, storage, groups, **shared, **settings)
         else:
+            shared["num_reranked_blocks"] = num_reranked_blocks
             rotated, rotated_scoring, choice = _choose_in_pytorch(
                 grouped, scoring, storage, groups, **shared, **settings
             )
@@ -180,6 +188,7 @@ def _choose_in_pytorch(
     granularity: str,
     landmarks_tie: bool,
     num_sink_blocks: int,
+    num_reranked_blocks: int,
     block_size: int,
     rotary: RotaryTable,
     scale: float,
@@ -192,6 +201,11 @@ def _choose_in_pytorch(
         None if x is None else rotate_to_distances(x * scale, groups.position, k, block_size, rotary)
         for x in (query, scoring)
     )
+    if num_reranked_blocks:
+        farthest = (rotated if rotated_scoring is None else rotated_scoring)[..., 0, :]
+        asked = {"num_reranked_blocks": num_reranked_blocks, "num_sink_blocks": num_sink_blocks}
+        choice = choose_by_weight(rotated, farthest, storage, groups.first_block, groups.valid, **asked)
+        return rotated, rotated_scoring, choice
     landmarks = storage.landmarks(groups.candidates)
     choice = choose_blocks(
         rotated if rotated_scoring is None else rotated_scoring,

@@ -31,22 +31,27 @@ class RetrievedStep(NamedTuple):
         is 0 for a call that was not read through the cache.
     weight: the same shape: the share of a head's attention that each of them got. What the shares of a head lack to 1
         went to the blocks that it reads directly.
+    score: for each layer (batch, heads, candidates), what the heads compared when they chose; where that was not asked
+        for, or nothing was compared, as in a first layer whose landmarks are all alike, None.
     """
 
     block: Tensor
     weight: Tensor
+    score: tuple[Tensor | None, ...] = ()
 
 
 class Recorder:
     """Collects the steps of one model; made by `record_retrieved`."""
 
-    def __init__(self, reader: nn.Module) -> None:
-        self.config, self.steps = reader.config, []
+    def __init__(self, reader: nn.Module, scores: bool = False) -> None:
+        self.config, self.scores, self.steps = reader.config, scores, []
         self._layers: list[RetrievedStep | None] = []
+        self._scores: list[Tensor | None] = []
 
     def begin(self, *call: object) -> None:
         """A call begins."""
         self._layers = [None] * self.config.num_hidden_layers
+        self._scores = [None] * self.config.num_hidden_layers
 
     def end(self, reader: nn.Module, given: object, output: object) -> None:
         """A call ends: its step is complete."""
@@ -56,8 +61,8 @@ class Recorder:
         weight = torch.zeros(block.shape)
         for layer, found in enumerate(self._layers):
             if found is not None:
-                block[layer], weight[layer] = found
-        self.steps.append(RetrievedStep(block, weight))
+                block[layer], weight[layer] = found[:2]
+        self.steps.append(RetrievedStep(block, weight, tuple(self._scores)))
 
     def add(self, layer: int, block: Tensor, weight: Tensor, rows: Tensor | None = None) -> None:
         """Notes the blocks (batch, kv_heads, group, k) of a layer and their weights, of all rows or some.
@@ -69,8 +74,12 @@ class Recorder:
         old = self._layers[layer]
         if rows is not None and not rows.all() and old is not None:
             rows = rows.cpu()[:, None, None]
-            new = RetrievedStep(*(torch.where(rows, x, y) for x, y in zip(new, old, strict=True)))
+            new = RetrievedStep(*(torch.where(rows, x, y) for x, y in zip(new[:2], old[:2], strict=True)))
         self._layers[layer] = new
+
+    def add_scores(self, layer: int, score: Tensor) -> None:
+        """Notes what the heads of a layer compare, (batch, heads, candidates)."""
+        self._scores[layer] = score.float().cpu()
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
@@ -82,13 +91,14 @@ def recorder() -> Recorder | None:
 
 
 @contextlib.contextmanager
-def record_retrieved(model: nn.Module) -> Iterator[list[RetrievedStep]]:
+def record_retrieved(model: nn.Module, scores: bool = False) -> Iterator[list[RetrievedStep]]:
     """Records what `model` retrieves, a `RetrievedStep` a call, in the list that it gives.
 
+    scores: also what the heads compare, of calls with one token on a CPU.
     On a GPU, PyTorch then attends, as the kernels do not tell the weights.
     """
     reader = reader_of(model)
-    found = Recorder(reader)
+    found = Recorder(reader, scores)
     hooks = reader.register_forward_pre_hook(found.begin), reader.register_forward_hook(found.end)
     token = _recorder.set(found)
     try:
