@@ -316,7 +316,7 @@ def _add_retrieved(
     halved = next((dim for dim in (3, 4) if choice.block.shape[dim] > 1), None)
     if elements > GATHERED_ELEMENTS and halved is not None:
         rows = output, lse, rotated, rotated_scoring, *choice
-        halves = zip(*((None, None) if x is None else x.chunk(2, halved) for x in rows))
+        halves = zip(*((None, None) if x is None else x.chunk(2, halved) for x in rows), strict=True)
         return torch.cat([_add_retrieved(*x[:4], Choice(*x[4:]), storage, exact_weights) for x in halves], halved)
     # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
     choices = choice.block.shape[4]
