@@ -13,6 +13,7 @@ from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
 from landmark_llama.attention import landmark_attention_reference
 from landmark_llama.attention.rotary import RotaryTable
 from landmark_llama.reading.choice import Choice, choose_blocks, rotate_to_distances
+from landmark_llama.reading.storage import DeviceStorage
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -104,6 +105,31 @@ def test_any_chunking_inside_a_call_gives_the_same_logits(monkeypatch: pytest.Mo
         monkeypatch.setattr("landmark_llama.reading.groups.CHUNK_POSITIONS", positions)
         torch.testing.assert_close(logits_in_calls(model, ids, []), expected)
         torch.testing.assert_close(logits_in_calls(model, ids, [55, 1, 31]), expected)
+
+
+@every_mode
+def test_what_queries_retrieve_is_gathered_in_bounded_parts(
+    local_attention: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = in_float64(tiny_model(**settings_of(local_attention, granularity))), random_ids(2, 150)
+    expected = logits_in_calls(model, ids, [])
+    gather, gathered = DeviceStorage.gather, []
+
+    def counted(storage: DeviceStorage, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = gather(storage, blocks)
+        if blocks.dim() == 6:  # of choices; windows have fewer dimensions
+            gathered.append(key.numel())
+        return key, value
+
+    monkeypatch.setattr(DeviceStorage, "gather", counted)
+    torch.testing.assert_close(logits_in_calls(model, ids, []), expected)
+    most = max(gathered)
+    gathered.clear()
+    monkeypatch.setattr("landmark_llama.reading.table.GATHERED_ELEMENTS", most // 3)
+    torch.testing.assert_close(logits_in_calls(model, ids, []), expected)
+    # queries that share one choice in one group stay together
+    shared = local_attention == "chunked" and granularity == "head"
+    assert max(gathered) <= (most if shared else most // 3)
 
 
 @every_landmark

@@ -25,6 +25,9 @@ from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import BlockStorage, Prior
 from landmark_llama.reading.trace import Report, report_of_chunk
 
+# most elements of keys that PyTorch gathers at once of what queries retrieve, and as many of values: 512 MB in bf16
+GATHERED_ELEMENTS = 1 << 28
+
 
 @dataclass(frozen=True)
 class Table:
@@ -305,7 +308,16 @@ def _add_retrieved(
     storage: BlockStorage,
     exact_weights: bool,
 ) -> Tensor:
-    """Adds the chosen blocks to `output` (batch, kv_heads, group, groups, queries, head_dim) over the direct ones."""
+    """Adds the chosen blocks to `output` (batch, kv_heads, group, groups, queries, head_dim) over the direct ones.
+
+    Halves of the groups, then of the queries, go one after the other where the keys exceed `GATHERED_ELEMENTS`.
+    """
+    elements = output[:, :, 0, 0, 0].numel() * choice.block[0, 0].numel() * storage.block_size
+    halved = next((dim for dim in (3, 4) if choice.block.shape[dim] > 1), None)
+    if elements > GATHERED_ELEMENTS and halved is not None:
+        rows = output, lse, rotated, rotated_scoring, *choice
+        halves = zip(*((None, None) if x is None else x.chunk(2, halved) for x in rows), strict=True)
+        return torch.cat([_add_retrieved(*x[:4], Choice(*x[4:]), storage, exact_weights) for x in halves], halved)
     # queries that share a choice stand together: (..., groups, choices, queries of a choice, ...)
     choices = choice.block.shape[4]
     shape = (choices, output.shape[4] // choices)
