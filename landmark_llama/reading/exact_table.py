@@ -75,9 +75,9 @@ def attend_exact_table(
     granularity: str,
     landmarks_tie: bool,
     num_sink_blocks: int,
-    num_reranked_blocks: int,
     rotary: RotaryTable,
     scale: float,
+    num_reranked_blocks: int = 0,
 ) -> Tensor:
     """`table.attend_through_table` with exact weights, on a CPU.
 
