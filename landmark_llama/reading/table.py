@@ -188,10 +188,10 @@ def _choose_in_pytorch(
     granularity: str,
     landmarks_tie: bool,
     num_sink_blocks: int,
-    num_reranked_blocks: int,
     block_size: int,
     rotary: RotaryTable,
     scale: float,
+    num_reranked_blocks: int = 0,
 ) -> tuple[Tensor, Tensor | None, Choice]:
     """`query` (batch, kv_heads, group, groups, queries, head_dim), rotated to the slots, and the blocks it chose.
 
