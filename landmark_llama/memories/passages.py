@@ -56,7 +56,7 @@ def block_weights(steps: Sequence[RetrievedStep], blocks: int, *, first_layer: i
     layers = steps[0].block.shape[0]
     weights = torch.zeros(len(steps), layers, blocks)
     for into, step in zip(weights, steps, strict=True):
-        block, weight = (x.flatten(1) for x in step)
+        block, weight = step.block.flatten(1), step.weight.flatten(1)
         weight = weight.masked_fill((block < 0) | (block >= blocks), 0)
         into.scatter_add_(1, block.clamp(0, max(blocks - 1, 0)), weight / max(1, step.block[0, ..., 0].numel()))
     weights[:, :first_layer] = 0
