@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from landmark_llama.reading.aligned import AlignedStep
+
 if not torch.cuda.is_available():
     # kernels run in Triton's interpreter; this must be set before transformers imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -36,3 +38,9 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def general_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decoding step is a `DecodingStep`: the aligned one, for blocks on the device alone, rounds otherwise."""
+    monkeypatch.setattr(AlignedStep, "of", classmethod(lambda cls, *given: None))

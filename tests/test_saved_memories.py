@@ -18,7 +18,7 @@ from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
 from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
 from landmark_llama.saved.folder import read_manifest, writing
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "general_steps")
 
 ways_to_weigh = pytest.mark.parametrize(
     "settings",

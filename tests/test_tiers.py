@@ -14,7 +14,7 @@ from landmark_llama.reading.held_blocks import HeldBlocks
 from landmark_llama.reading.tiered_storage import FileStorage, HostStorage, TieredStorage, storage_named
 from landmark_llama.reading.tiers import HostTier
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "general_steps")
 
 # a record of the tiny model has 2 * 4 * 8 numbers, 256 bytes; two layers share the budget
 BUDGETS = {"nothing held": 0, "some blocks held": 24 * 256, "all held": 1 << 20}
