@@ -10,6 +10,7 @@ from pathlib import Path
 from eval_passkey.prompts import Encoder, InputError
 
 _CLAUSE_END = re.compile(r"(?<=[.!?;:,]) ")
+_ROUNDS = 16  # of a filler that are tokenised at once
 _LEAST_DRIFT = 32  # tokens that a cut may move to the end of a clause; in long prompts a twentieth of the haystack
 
 
@@ -34,12 +35,19 @@ class Filler:
 
     def _piece(self, count: int, first: bool) -> list[int]:
         """The first `count` tokens of the sentences, said again and again."""
-        rounds = 16
+        rounds = _ROUNDS
         while len(self._ids[first]) < count:
+            ids, more, most = (self._rounds(n * rounds, first) for n in (1, 2, 3))
+            period = more[len(ids) :]
+            if ids + period == more and more + period == most:  # to tokenise millions of rounds takes gigabytes
+                ids += period * (count // len(period) + 1)
+            self._ids[first] = ids
             rounds *= 2
-            text = " ".join([self.sentences] * rounds)
-            self._ids[first] = self.encoder.encode(text if first else self.joiner + text, first)
         return self._ids[first][:count]
+
+    def _rounds(self, rounds: int, first: bool) -> list[int]:
+        text = " ".join([self.sentences] * rounds)
+        return self.encoder.encode(text if first else self.joiner + text, first)
 
 
 class Lines(Filler):

@@ -79,3 +79,17 @@ def test_what_is_no_text_is_refused_by_name(encoder, tmp_path: Path):
             read_texts([str(tmp_path / name)])
     with pytest.raises(InputError, match="^--haystack blank: holds no text"):
         TextHaystack(encoder, " \n\t ", "blank")
+
+
+def test_a_long_filler_is_made_of_what_a_short_one_repeats_and_equals_the_tokenised_text(encoder):
+    for sentences in ("Rain falls. Snow, too.", "na", "Herons wait, as ever; no fish comes."):
+        asked = []
+
+        class Counting:
+            def encode(self, text: str, first: bool = False, asked=asked) -> list[int]:
+                asked.append(len(text))
+                return encoder.encode(text, first)
+
+        got = Filler(Counting(), sentences).split(20_011, [], random.Random(0), first=False)[0]
+        assert got == encoder.encode("\n" + " ".join([sentences] * 20_011))[:20_011]
+        assert max(asked) <= 50 * (len(sentences) + 1)
