@@ -118,7 +118,7 @@ class RetrievalWriter:
         return rng.choice((" ", " ", "\n")).join(lines)
 
     def _chain(self, characters: int) -> str:
-        """Names of which the first has a number and each other one what the one before it has, and a list of them all."""
+        """Names of which the first has a number and each other what the one before it has, and a list of them all."""
         rng = self.rng
         number, labels = self._number(), self._labels(rng.randint(2, max(2, min(5, characters // 80))))
         # the same words throughout, so that the names alone tell the sentences apart
@@ -133,7 +133,7 @@ class RetrievalWriter:
         return rng.choice((" ", " ", "\n")).join(lines)
 
     def _labels(self, count: int) -> list[str]:
-        """`count` different labels, all words, or all capital letters; never five of these, as the tests' labels have."""
+        """`count` different labels: words, or capital letters, but never five of these, as the tests' labels have."""
         rng = self.rng
         length = rng.choice((2, 3, 4, 6, 7))
         letters = rng.random() < 0.7
