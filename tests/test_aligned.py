@@ -48,8 +48,10 @@ def logits_of_steps(model: LandmarkLlamaForCausalLM, read: int, batch: int = 2, 
         {"block_weight": "exact", "num_sink_blocks": 1},
         {"num_sink_blocks": 2, "num_key_value_heads": 1},
         {"num_retrieved_blocks": 0},
+        {"block_weight": "exact", "num_reranked_blocks": 1, "num_sink_blocks": 1},
+        {"block_weight": "exact", "num_reranked_blocks": 1000, "num_key_value_heads": 1},
     ],
-    ids=["sliding", "chunked", "own heads", "exact", "sinks", "nothing retrieved"],
+    ids=["sliding", "chunked", "own heads", "exact", "sinks", "nothing retrieved", "reranked", "all reranked"],
 )
 def test_rows_at_one_position_get_what_rows_anywhere_get(
     settings: dict, read: int, landmark: dict, steps: list[str], monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from landmark_llama.configuration import LandmarkConfig, RetrievalSettings
 from landmark_llama.reading.cache import LandmarkCache
 from landmark_llama.reading.decoding import DecodingStep, turn, turning_tables
 from landmark_llama.reading.highest import FOLDED_FROM, top_latest
+from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import DeviceStorage
 from landmark_llama.reading.trace import recorder
 from landmark_llama.rows.documents import find_documents
@@ -144,12 +145,7 @@ class AlignedStep:
     ) -> AlignedStep | None:
         """The step of `batch` rows, or None where one of the conditions does not hold."""
         ordinary = [] if cache.ordinary_counts is None else cache.ordinary_counts.tolist()
-        if (
-            len(ordinary) != batch
-            or ordinary.count(ordinary[0]) < batch
-            or settings.granularity == "token"
-            or settings.num_reranked_blocks
-        ):
+        if len(ordinary) != batch or ordinary.count(ordinary[0]) < batch or settings.granularity == "token":
             return None
         storages, block_size = cache.storages, config.block_size
         block, offset = divmod(ordinary[0], block_size - 1)
@@ -191,7 +187,11 @@ class AlignedStep:
             scoring = turn((landmark_query * scale).view(pairs, group, 1, head_dim), *self.angles[still])
         blocks = plan.direct
         if plan.candidates:
-            blocks = self._choose(scoring, storage, layer_idx == 0 and not plan.pooled)
+            tie = layer_idx == 0 and not plan.pooled
+            if plan.settings.num_reranked_blocks and not tie:
+                blocks = self._rerank(rotated, scoring, storage)
+            else:
+                blocks = self._choose(scoring, storage, tie)
             # of the last candidates and the direct blocks, each is read at its own distance; those before, one farther
             near = (blocks >= plan.candidates - plan.settings.num_retrieved_blocks).unsqueeze(-1)
             rotated = torch.where(near, rotated[:, :, 1:], rotated[:, :, :-1])
@@ -266,6 +266,18 @@ class AlignedStep:
         if sinks:
             return torch.cat([plan.direct[..., :sinks], chosen, plan.direct[..., sinks:]], dim=-1)
         return torch.cat([chosen, plan.direct], dim=-1)
+
+    def _rerank(self, rotated: Tensor, scoring: Tensor, storage: DeviceStorage) -> Tensor:
+        """As `_choose`, by what the blocks weigh for `rotated`, of those that `scoring` proposes."""
+        settings, k = self.settings, self.settings.num_retrieved_blocks
+        shape = storage.key.shape[:2]  # (batch, kv_heads)
+        rotated, scoring = (x.unflatten(0, shape)[:, :, :, None, None] for x in (rotated, scoring))
+        shown = storage, torch.full((shape[0], 1), self.plan.candidates), torch.ones(shape[0], 1, 1, dtype=torch.bool)
+        asked = {"num_reranked_blocks": settings.num_reranked_blocks, "num_sink_blocks": settings.num_sink_blocks}
+        choice = choose_by_weight(rotated[..., : k + 1, :], scoring[..., 0, :], *shown, **asked)
+        return torch.cat(
+            [choice.block.flatten(0, 1).flatten(2), self.plan.direct[..., settings.num_sink_blocks :]], dim=-1
+        )
 
     def _exact_weights(self, scores: Tensor) -> Tensor:
         """Weights (heads, table * block_size) of the positions, from their `scores` (heads, table, block_size)."""
