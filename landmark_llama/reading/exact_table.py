@@ -37,32 +37,49 @@ _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class _Direct(NamedTuple):
-    """What some groups read directly: keys and values (batch, kv_heads, groups, keys, head_dim), keys rotated to
-    `shift` blocks further than their windows' starts, and which of them each query sees (batch, groups, queries, keys).
+    """What some groups read directly: keys and values (batch, kv_heads, groups, keys, head_dim), and which of them each
+    query sees (batch, groups, queries, keys). A key is rotated once for all groups that read it, so that their queries
+    stand `turn` (batch, groups) positions further than in their windows.
     """
 
     part: slice
     key: Tensor
     value: Tensor
     seen: Tensor
+    turn: Tensor
 
     @classmethod
     def of_parts(
-        cls, storage: BlockStorage, groups: QueryGroups, like: Tensor, blocks: int, shift: int, rotary: RotaryTable
+        cls, storage: BlockStorage, groups: QueryGroups, like: Tensor, rotary: RotaryTable
     ) -> Iterator[_Direct]:
-        """The groups of `like`, queries, in parts. blocks: that queries may read, from which follows how many parts."""
-        window = groups.window + 1 - groups.first_block.shape[1] // groups.base.shape[1]
-        slot = torch.arange(window)
-        column = torch.arange(window * storage.block_size).view(window, -1)[:, :-1].flatten()
-        of_a_group = (blocks + window) * storage.block_size * like[:, :, :, 0, 0].numel()
-        at_once = max(1, LAID_OUT_ELEMENTS // of_a_group)
-        for first in range(0, like.shape[3], at_once):
-            part = slice(first, first + at_once)
-            block = (groups.first_block[:, part, None] + slot).minimum(groups.last_block[:, None, None])
+        """The groups of `like`, queries, in parts whose keys fit the caches and the rotary table."""
+        block_size, window = storage.block_size, groups.window
+        column = torch.arange(window * block_size).view(window, -1)[:, :-1].flatten()
+        fitting = min(len(rotary.cos) // block_size, LAID_OUT_ELEMENTS // (block_size * like[:, :, 0, 0, 0].numel()))
+        at_once = max(1, min(fitting - window, window))  # each key is rotated about twice
+        for start in range(0, like.shape[3], at_once):
+            part = slice(start, start + at_once)
+            first, position = groups.first_block[:, part], groups.position[:, part]
+            base = first.amin(1, keepdim=True)
+            later = first - base  # blocks that a group's window begins later
+            most = int(later.max())
+            block = (base + torch.arange(most + window)).minimum(groups.last_block[:, None])
             key, value = _ordinary(storage, block.unsqueeze(1), like.dtype)
-            key = rotary.rotate(key, ((shift + slot) * storage.block_size).unsqueeze(-1))
-            seen = column <= groups.position[:, part, :, None]
-            yield cls(part, key.flatten(3, 4), value.flatten(3, 4), seen)
+            key = rotary.rotate(key, (torch.arange(most + window) * block_size).unsqueeze(-1))
+            seen = column <= position.unsqueeze(-1)
+            yield cls(part, *(_windows(x, later, window) for x in (key, value)), seen, later * block_size)
+
+
+def _windows(x: Tensor, first: Tensor, window: int) -> Tensor:
+    """Of `x` (batch, kv_heads, blocks, tokens, head_dim) `window` blocks for each group, the first of them `first`
+    (batch, groups), as (batch, kv_heads, groups, keys, head_dim): without a copy where they follow one another.
+    """
+    number = first.shape[1]
+    if (first == torch.arange(number)).all():
+        x = x.contiguous()
+        return x.as_strided((*x.shape[:2], number, window * x.shape[3], x.shape[4]), x.stride())
+    row = torch.arange(len(x)).view(-1, 1, 1)
+    return x.transpose(1, 2)[row, first.unsqueeze(-1) + torch.arange(window)].movedim(3, 1).flatten(3, 4)
 
 
 def attend_exact_table(
@@ -85,6 +102,7 @@ def attend_exact_table(
         query: (batch, columns, kv_heads, group, head_dim), not rotated; `landmark_query` likewise, if there is one.
         k: blocks that a query retrieves; the rest as in `choose_blocks` and `choose_by_weight`.
     """
+    groups = _of_use(groups)
 
     def grouped(x: Tensor) -> Tensor:
         return groups.gather(x).permute(0, 3, 4, 1, 2, 5)
@@ -109,6 +127,16 @@ def attend_exact_table(
     return groups.scatter(output.permute(0, 3, 4, 1, 2, 5)).to(query.dtype)
 
 
+def _of_use(groups: QueryGroups) -> QueryGroups:
+    """`groups` without those that only fill the last tile; the blocks of a group's window stand in place of a tile's."""
+    of_a_tile = groups.first_block.shape[1] // groups.base.shape[1]
+    used = groups.valid.any(-1).any(0).nonzero()
+    number = int(used[-1]) + 1 if len(used) else 1
+    fields = ("column", "valid", "first_block", "position")
+    some = {name: getattr(groups, name)[:, :number] for name in fields}
+    return groups._replace(window=groups.window + 1 - of_a_tile, **some)
+
+
 def _choose(
     scoring: Tensor, storage: BlockStorage, groups: QueryGroups, k: int, rotary: RotaryTable, how: dict
 ) -> Choice:
@@ -127,23 +155,49 @@ def _attend_shared(
     query: Tensor, storage: BlockStorage, groups: QueryGroups, choice: Choice, rotary: RotaryTable, scale: float
 ) -> Tensor:
     """Attention of `query`, not rotated, whose groups share a choice a head."""
-    block_size, k = storage.block_size, choice.block.shape[-1]
+    block_size, k, query_heads = storage.block_size, choice.block.shape[-1], query.shape[1] * query.shape[2]
+    output, lse = _attend_directly(query, storage, groups, rotary, scale)
     query = _rotated(query, groups.position + (k + 1) * block_size, rotary)
-    output, all_distances = torch.empty_like(query), choice.distance()
-    for direct in _Direct.of_parts(storage, groups, query, k, k + 1, rotary):
-        block, distance = (x[:, :, :, direct.part, 0] for x in (choice.block, all_distances))
+    slot, none = (k + 1 - choice.distance()) * block_size, choice.block < 0
+    at_once = max(1, LAID_OUT_ELEMENTS // (k * block_size * len(query) * query_heads * query.shape[-1]))
+    for start in range(0, query.shape[3], at_once):
+        part = slice(start, start + at_once)
+        block, missing = (x[:, :, :, part, 0] for x in (choice.block, none))
         key, value = _ordinary(storage, block.clamp_min(0), query.dtype)
-        key = rotary.rotate(key, ((k + 1 - distance) * block_size).unsqueeze(-1))
-        laid_out = [
-            torch.cat([chosen.flatten(4, 5), near.unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1, -1)], dim=4)
-            for chosen, near in ((key, direct.key), (value, direct.value))
-        ]
-        # how many blocks there are to choose is the same for all heads
-        there = (block[:, 0, 0] >= 0).repeat_interleave(block_size - 1, -1).unsqueeze(-2)
-        seen = torch.cat([there.expand(-1, -1, query.shape[4], -1), direct.seen], dim=-1)[:, None, None]
-        found, _ = _of_groups(query[:, :, :, direct.part], *laid_out, seen, scale)
-        output[:, :, :, direct.part] = found
+        key = rotary.rotate(key, slot[:, :, :, part, 0].unsqueeze(-1))
+        seen = None
+        if missing.any():  # how many blocks there are to choose is the same for all heads
+            seen = ~missing[:, :1, :1].repeat_interleave(block_size - 1, -1).unsqueeze(-2)
+            seen = seen.expand(-1, -1, -1, -1, query.shape[4], -1)
+        found, found_lse = _of_groups(query[:, :, :, part], key.flatten(4, 5), value.flatten(4, 5), seen, scale)
+        if seen is not None:
+            nothing = missing.all(-1).unsqueeze(-1)
+            found = found.masked_fill(nothing.unsqueeze(-1), 0.0)
+            found_lse = found_lse.masked_fill(nothing, -torch.inf)
+        near = lse[:, :, :, part]
+        total = torch.logaddexp(near, found_lse)
+        near = output[:, :, :, part].mul_((near - total).exp_().unsqueeze(-1))
+        near.addcmul_(found, (found_lse - total).exp_().unsqueeze(-1))
     return output
+
+
+def _attend_directly(
+    query: Tensor, storage: BlockStorage, groups: QueryGroups, rotary: RotaryTable, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query`, not rotated, over what its group reads directly; and the logsumexp of each query."""
+    group = query.shape[2]
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    output, lse = like.new_empty(query.shape), like.new_empty(query.shape[:-1])
+    for direct in _Direct.of_parts(storage, groups, query.to(like.dtype), rotary):
+        # the query heads of a KV head read the same keys
+        place = groups.position[:, direct.part] + direct.turn.unsqueeze(-1)
+        together = _rotated(query[:, :, :, direct.part], place, rotary).movedim(2, 3).flatten(3, 4).unsqueeze(2)
+        seen = direct.seen.repeat(1, 1, group, 1)[:, None, None]
+        near = (x.unsqueeze(2) for x in (direct.key, direct.value))
+        found, found_lse = _of_groups(together, *near, seen, scale)
+        output[:, :, :, direct.part] = found[:, :, 0].unflatten(3, (group, -1)).movedim(3, 2)
+        lse[:, :, :, direct.part] = found_lse[:, :, 0].unflatten(3, (group, -1)).movedim(3, 2)
+    return output, lse
 
 
 def _attend_by_block(
@@ -159,17 +213,7 @@ def _attend_by_block(
 
     rotated: the queries, scaled, at all distances, from `rotate_to_distances`.
     """
-    group = query.shape[2]
-    query = _rotated(query, groups.position, rotary)
-    output, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
-    for direct in _Direct.of_parts(storage, groups, query, 0, 0, rotary):
-        # the query heads of a KV head read the same keys
-        together = query[:, :, :, direct.part].movedim(2, 3).flatten(3, 4).unsqueeze(2)
-        seen = direct.seen.repeat(1, 1, group, 1)[:, None, None]
-        near = (x.unsqueeze(2) for x in (direct.key, direct.value))
-        found, found_lse = _of_groups(together, *near, seen, scale)
-        output[:, :, :, direct.part] = found[:, :, 0].unflatten(3, (group, -1)).movedim(3, 2)
-        lse[:, :, :, direct.part] = found_lse[:, :, 0].unflatten(3, (group, -1)).movedim(3, 2)
+    output, lse = _attend_directly(query, storage, groups, rotary, scale)
     if choice is None:
         return output
     chosen, chosen_lse = _by_block(choice.at_their_distances(rotated), storage, choice.block)
@@ -212,14 +256,16 @@ def _by_block(query: Tensor, storage: BlockStorage, block: Tensor) -> tuple[Tens
     return output.view(query.shape), lse.view(query.shape[:-1])
 
 
-def _of_groups(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _of_groups(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """One call over (batch, kv_heads, group, groups, ...): its groups are a batch, its heads are heads.
 
-    seen: boolean, (batch, kv_heads or 1, group or 1, groups, queries, keys).
+    seen: boolean, (batch, kv_heads or 1, group or 1, groups, queries, keys); None: all.
     """
-    mask = torch.zeros((), dtype=query.dtype).where(seen, -torch.inf)
-    by_group = [x.movedim(3, 1).flatten(0, 1).flatten(1, 2) for x in (query, key, value, mask)]
-    output, lse = _attend(*by_group[:3], attn_mask=by_group[3], scale=scale)
+    given = [query, key, value]
+    if seen is not None:
+        given.append(torch.zeros((), dtype=query.dtype).where(seen, -torch.inf))
+    query_by_group, key, value, *mask = (x.movedim(3, 1).flatten(0, 1).flatten(1, 2) for x in given)
+    output, lse = _attend(query_by_group, key, value, attn_mask=mask[0] if mask else None, scale=scale)
     shape = (len(query), query.shape[3], *query.shape[1:3], query.shape[4])
     return output.reshape(*shape, -1).movedim(1, 3), lse.reshape(shape).movedim(1, 3)
 
