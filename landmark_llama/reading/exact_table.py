@@ -128,7 +128,7 @@ def attend_exact_table(
 
 
 def _of_use(groups: QueryGroups) -> QueryGroups:
-    """`groups` without those that only fill the last tile; the blocks of a group's window stand in place of a tile's."""
+    """`groups` without those that only fill the last tile; `window` is that of a group, not of a tile."""
     of_a_tile = groups.first_block.shape[1] // groups.base.shape[1]
     used = groups.valid.any(-1).any(0).nonzero()
     number = int(used[-1]) + 1 if len(used) else 1
