@@ -92,7 +92,7 @@ def test_the_whole_flow_ends_with_a_table_and_two_pictures(finished: Path) -> No
 def test_both_models_are_those_of_the_package(finished: Path) -> None:
     base = tiny_llama(**SHAPE).state_dict()
     dense, landmark = (find_subject("--model", str(finished / "models" / name), {}) for name in ("dense", "landmark"))
-    assert landmark.config.block_weight == "exact" and landmark.config.train_context_length == 2048
+    assert landmark.config.block_weight == "exact" and landmark.config.train_context_length == 8192
     for subject in (dense, landmark):
         weights = load_model("--model", subject, "float32", "cpu").state_dict()
         name = "model.layers.1.self_attn.q_proj.weight"

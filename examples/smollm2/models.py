@@ -14,8 +14,9 @@ from landmark_llama.checkpoints.conversion import load_gguf
 from landmark_llama.checkpoints.files import read_json, staged
 from landmark_llama.published_calibration import RECORD, load_calibration, read_settings
 
+# how texts are read; rows that train a calibration have fewer local blocks (finetune/configs/smollm2.yaml)
 SETTINGS = {
-    "block_size": 64, "train_context_length": 2048, "num_retrieved_blocks": 8, "num_local_blocks": 8,
+    "block_size": 64, "train_context_length": 8192, "num_retrieved_blocks": 8, "num_local_blocks": 40,
     "retrieval_granularity": "head", "landmark_key": "pooled", "block_weight": "exact", "num_sink_blocks": 1,
     "num_question_blocks": 2, "num_reranked_blocks": 64,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as a script, from any folder
 import finetune.run
 from eval_passkey.prompts import InputError
-from examples.smollm2.models import RANK, make_models
+from examples.smollm2.models import RANK, SETTINGS, make_models
 from examples.smollm2.package import GGUF_SHA256, file_digest, find_gguf
 from finetune.arguments import UserError
 from finetune.checkpoints.output import METRICS
@@ -100,7 +100,10 @@ def train(args: Arguments, flags: list[str]) -> Path:
         metrics = read_json(output / "model" / METRICS)
         kept = ("steps", "ordinary_tokens_per_row", "train_loss", "landmark_divergence", "torch", "transformers")
         training = {"recipe": RECIPE.name, "mixture": args.mixture(), **{name: metrics[name] for name in kept}}
-        save_calibration(LandmarkLlamaForCausalLM.from_pretrained(output / "model"), calibration, training=training)
+        # in its rows most blocks are candidates; a text is read with more of them read directly
+        reading = {name: SETTINGS[name] for name in ("train_context_length", "num_local_blocks")}
+        trained = LandmarkLlamaForCausalLM.from_pretrained(output / "model", **reading)
+        save_calibration(trained, calibration, training=training)
     return calibration
 
 
