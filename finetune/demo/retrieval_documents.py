@@ -98,7 +98,7 @@ class RetrievalWriter:
     def _hidden(self, characters: int) -> str:
         """One or more numbers in a text that is beside the point, and then a question for each of them."""
         rng = self.rng
-        count = 1 if rng.random() < 0.4 else rng.randint(2, max(2, min(16, characters // 60)))
+        count = 1 if rng.random() < 0.25 else rng.randint(2, max(2, min(16, characters // 60)))
         thing = self._thing()
         facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in self._names(count)]
         # Mostly all numbers are stated in the same words, so that the name alone tells them apart.
