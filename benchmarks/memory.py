@@ -3,6 +3,7 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --lengths 1000000 --tiers file --budgets 128 --dense_lengths 0
     python benchmarks/memory.py --model DIR --text BOOK.txt --lengths 1000000
+    python benchmarks/memory.py --lengths 1000000 --tiers file --budgets 128 --dense_lengths 0 --equal_memory true
     python benchmarks/memory.py --lengths 16777216 --tiers file --budgets 128 --dense_lengths 0 --folder FOLDER
 
 Each measurement runs in a process of its own. It reads a text of so many tokens, in calls of `--piece` tokens, then a
@@ -65,6 +66,9 @@ class Arguments:
     )
     dense_lengths: list[int] = field(
         default_factory=lambda: [32768], metadata={"help": "Tokens that the dense model reads, too; 0: none."}
+    )
+    equal_memory: bool = field(
+        default=False, metadata={"help": "Beside each tier, the dense model with the text that fits the same memory."}
     )
     granularity: str = field(default="head", metadata={"help": "Setting of retrieval_granularity."})
     text: str | None = field(
@@ -155,6 +159,13 @@ def _cache(model: PreTrainedModel, tier: str, budget: int, folder: str) -> Cache
     return LandmarkCache(model.config, storage=storage)
 
 
+def equal_length(config: LandmarkLlamaConfig, memory: float, dtype: torch.dtype, offloaded: bool) -> int:
+    """Tokens (at least one) whose keys and values take `memory` MiB in the dense model, on a GPU those of two layers."""
+    layers = min(2, config.num_hidden_layers) if offloaded else config.num_hidden_layers
+    token = 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return max(1, int(memory * 2**20) // token)
+
+
 def _traffic(cache: LandmarkCache) -> dict[str, Any]:
     """What was read from the tier, and how much of what was asked for was on the device, by layer."""
     held = [storage.held for storage in cache.storages]
@@ -240,6 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     for tier, budget, length in tqdm(wanted, unit="run", dynamic_ncols=True, leave=False):
         row = {"quantity": "reading", "implementation": tier, "budget_mib": budget, "length": length}
         _add(results, rows, row, lambda what=(tier, budget or 0, length): run(measure, model, config, args, *what))
+        if args.equal_memory and tier in (HOST, FILE) and rows and rows[-1].items() >= row.items():
+            dtype, offloaded = getattr(torch, model.dtype), model.device != "cpu"
+            fits = equal_length(config, rows[-1]["peak_memory_mib"], dtype, offloaded)
+            row = {"quantity": "reading", "implementation": DENSE, "budget_mib": None, "length": fits}
+            row["memory_of"] = f"{tier}, {budget} MiB, {length}"
+            _add(results, rows, row, lambda what=(DENSE, 0, fits): run(measure, model, config, args, *what))
     if args.overlap_length:
         row = {"quantity": "overlap", "implementation": "landmark", "length": args.overlap_length}
         _add(results, [], row, lambda: run(overlap, model, config, args))

@@ -46,6 +46,17 @@ def test_a_small_run_measures_every_tier_and_the_dense_model(tmp_path: Path, cap
     assert "| 600 | file | 0 MiB |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_dense_model_can_be_given_the_memory_of_a_tier(tmp_path: Path) -> None:
+    output = tmp_path / "memory.jsonl"
+    what = ["--lengths", "3000", "--dense_lengths", "0", "--tiers", "file", "--budgets", "0", "--overlap_length", "0"]
+    assert memory.main([*SHAPE, *SMALL, *what, "--equal_memory", "true", "--output", str(output)]) == 0
+    tier, dense = (json.loads(line) for line in output.read_text().splitlines())
+    assert dense["implementation"] == "dense" and dense["memory_of"] == "file, 0 MiB, 3000"
+    a_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head_dim, bytes
+    assert dense["length"] == max(1, int(tier["peak_memory_mib"] * 2**20) // a_token) and dense["read_seconds"] > 0
+
+
 def test_overlap_counts_the_choices_that_are_made_again() -> None:
     storage = memory.ObservedStorage(4)
     keys = torch.zeros(1, 40, 1, 8)
