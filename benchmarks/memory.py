@@ -160,7 +160,7 @@ def _cache(model: PreTrainedModel, tier: str, budget: int, folder: str) -> Cache
 
 
 def equal_length(config: LandmarkLlamaConfig, memory: float, dtype: torch.dtype, offloaded: bool) -> int:
-    """Tokens (at least one) whose keys and values take `memory` MiB in the dense model, on a GPU those of two layers."""
+    """Tokens, at least one, whose keys and values take `memory` MiB in the dense model; `offloaded`: of two layers."""
     layers = min(2, config.num_hidden_layers) if offloaded else config.num_hidden_layers
     token = 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return max(1, int(memory * 2**20) // token)
