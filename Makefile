@@ -64,7 +64,7 @@ lint: $(READY)
 
 base: $(READY)
 	$(BIN)/python finetune/demo/corpus.py --output runs/tiny_base_corpus \
-		--documents 8000 --retrieval_share 0.97 --chain_share 0.1 --retrieval_characters 80 600
+		--documents 8000 --retrieval_share 0.97 --retrieval_characters 80 600
 	$(BIN)/python finetune/demo/tokenizer.py --data runs/tiny_base_corpus/train.jsonl --output runs/tiny_base_tokenizer
 	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny_base_1_copy.yaml \
 		--per_device_train_batch_size 16 --overwrite_output_dir

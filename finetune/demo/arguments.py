@@ -25,8 +25,5 @@ class DemoArguments:
     corpus_refrain_share: float = field(
         default=0.35, metadata={"help": "share of those texts that say a few sentences over and over"}
     )
-    corpus_chain_share: float = field(
-        default=0.0, metadata={"help": "share of chains, which pass a number from name to name, among the others"}
-    )
     corpus_seed: int = field(default=0, metadata={"help": "seed of the documents"})
     vocabulary_size: int = field(default=1536, metadata={"help": "pieces of the `embedded` tokenizer"})

@@ -82,7 +82,6 @@ def make_corpus(
     copy_share: float = 0.1,
     register_share: float = 0.3,
     refrain_share: float = 0.35,
-    chain_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """Makes `documents` documents and returns them as `(train, heldout)`, shuffled and without a text in common.
@@ -92,7 +91,7 @@ def make_corpus(
         retrieval_share: share of retrieval documents; the rest is real text, used again when there is too little of it.
         retrieval_characters: length of the shortest and of the longest retrieval documents, about.
         copy_share: share of the retrieval documents that only say something twice: what a new model has to learn first.
-        register_share, refrain_share, chain_share: as in `RetrievalWriter`.
+        register_share, refrain_share: as in `RetrievalWriter`.
         seed: of every choice.
     """
     rng = random.Random(seed)
@@ -110,7 +109,7 @@ def make_corpus(
     for count, own_prose in ((heldout_count, heldout_prose), (documents - heldout_count, train_prose)):
         retrieval_count = round(count * retrieval_share)
         texts = [document["text"] for document in own_prose]
-        writer = RetrievalWriter(rng, words, texts, register_share, refrain_share, chain_share)
+        writer = RetrievalWriter(rng, words, texts, register_share, refrain_share)
         made = [_sample(own_prose, count - retrieval_count, rng), []]
         while len(made[1]) < retrieval_count:
             text = writer.document(rng.randint(*retrieval_characters), copy_share)
@@ -138,7 +137,6 @@ def write_corpus(
     copy_share: float = 0.1,
     register_share: float = 0.3,
     refrain_share: float = 0.35,
-    chain_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[Path, Path]:
     """Writes `train.jsonl` and `heldout.jsonl` to `folder`; returns their paths. Settings as in `make_corpus`.
@@ -148,7 +146,7 @@ def write_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     paths = corpus_files(folder)
     splits = make_corpus(
-        documents, retrieval_share, retrieval_characters, copy_share, register_share, refrain_share, chain_share, seed
+        documents, retrieval_share, retrieval_characters, copy_share, register_share, refrain_share, seed
     )
     for path, split in zip(paths, splits, strict=True):
         partial = path.with_suffix(".partial")
@@ -174,7 +172,6 @@ def embedded_files(demo: DemoArguments, output_dir: str, main_process: bool) -> 
         copy_share=demo.corpus_copy_share,
         register_share=demo.corpus_register_share,
         refrain_share=demo.corpus_refrain_share,
-        chain_share=demo.corpus_chain_share,
         seed=demo.corpus_seed,
     )
 
@@ -199,7 +196,6 @@ def main() -> None:
     parser.add_argument("--copy_share", type=float, default=0.1)
     parser.add_argument("--register_share", type=float, default=0.3)
     parser.add_argument("--refrain_share", type=float, default=0.35)
-    parser.add_argument("--chain_share", type=float, default=0.0)
     parser.add_argument(
         "--retrieval_characters", type=int, nargs=2, default=(80, 1000), metavar=("SHORTEST", "LONGEST")
     )

@@ -1,7 +1,5 @@
 """Synthetic retrieval documents: a number hidden under a name in a long text, and asked for by that name.
 
-Or names that take over a number from one another, which are all asked for.
-
 Everything varies, so that looking a name up is the only thing worth learning: the sentences around the number, the
 sentence that states it, the one that asks for it, the name, the number's length, the distance, how many there are.
 """
@@ -10,8 +8,6 @@ import json
 import random
 import re
 from pathlib import Path
-from string import ascii_uppercase
-from typing import Any
 
 # Every seventh five-digit number is kept for the passkey benchmark, which draws its keys from these alone
 # (`eval_passkey.names.is_benchmark_key` says the same; a test compares the two).
@@ -40,7 +36,6 @@ class RetrievalWriter:
         prose: pieces of real text that serve as haystacks; they must hold no reserved number.
         register_share: share of registers among the documents that are no copy; the others hide numbers.
         refrain_share: share of the hiding texts that say a few sentences over and over.
-        chain_share: share of chains, which pass a number from name to name, among the documents that are no copy.
 
     The built-in words and sentence shapes stand in `wording.json`. In a shape `{x}` is the name, `{k}` the
     number and `{t}` what kind of number it is; a statement cut off before its number is a question, too. The `invented`
@@ -54,11 +49,10 @@ class RetrievalWriter:
         prose: list[str],
         register_share: float = 0.3,
         refrain_share: float = 0.35,
-        chain_share: float = 0.0,
     ) -> None:
         self.rng, self.words, self.prose = rng, words, prose
-        self.register_share, self.refrain_share, self.chain_share = register_share, refrain_share, chain_share
-        self.wording: dict[str, list] = json.loads(WORDING.read_text(encoding="utf-8"))
+        self.register_share, self.refrain_share = register_share, refrain_share
+        self.wording: dict[str, list[str]] = json.loads(WORDING.read_text(encoding="utf-8"))
 
     def document(self, characters: int, copy_share: float) -> str:
         """A document of about `characters` characters: numbers hidden in a long text, a register of them, or a copy.
@@ -68,8 +62,6 @@ class RetrievalWriter:
         """
         if self.rng.random() < copy_share:
             return self._copy(characters)
-        if self.rng.random() < self.chain_share:
-            return self._chain(characters)
         return self._register(characters) if self.rng.random() < self.register_share else self._hidden(characters)
 
     def _copy(self, characters: int) -> str:
@@ -98,7 +90,7 @@ class RetrievalWriter:
     def _hidden(self, characters: int) -> str:
         """One or more numbers in a text that is beside the point, and then a question for each of them."""
         rng = self.rng
-        count = 1 if rng.random() < 0.25 else rng.randint(2, max(2, min(16, characters // 60)))
+        count = 1 if rng.random() < 0.4 else rng.randint(2, max(2, min(8, characters // 60)))
         thing = self._thing()
         facts = [(name, self._number(), thing if rng.random() < 0.7 else self._thing()) for name in self._names(count)]
         # Mostly all numbers are stated in the same words, so that the name alone tells them apart.
@@ -116,31 +108,6 @@ class RetrievalWriter:
                 self._state(statements[i] if asks and rng.random() < 0.75 else self._pick("questions"), *facts[i])
             )
         return rng.choice((" ", " ", "\n")).join(lines)
-
-    def _chain(self, characters: int) -> str:
-        """Names of which the first has a number and each other what the one before it has, and a list of them all."""
-        rng = self.rng
-        number, labels = self._number(), self._labels(rng.randint(2, max(2, min(5, characters // 80))))
-        # the same words throughout, so that the names alone tell the sentences apart
-        shapes = {key: self._fill(shape, x="{x}", y="{y}", k="{k}") for key, shape in self._pick("chains").items()}
-        lines = self._haystack(max(characters - 60 * len(labels), 0))
-        links = [shapes["first"].format(x=labels[0], k=number)]
-        links += [shapes["hop"].format(x=new, y=old) for old, new in zip(labels, labels[1:], strict=False)]
-        places = sorted(rng.randint(0, len(lines)) for _ in links)
-        for place, link in reversed(list(zip(places, links, strict=True))):
-            lines.insert(place, link)
-        lines.append(f"{shapes['question'].format(k=number)} {rng.choice((', ', ' ', ' and ')).join(labels)}")
-        return rng.choice((" ", " ", "\n")).join(lines)
-
-    def _labels(self, count: int) -> list[str]:
-        """`count` different labels: words, or capital letters, but never five of these, as the tests' labels have."""
-        rng = self.rng
-        length = rng.choice((2, 3, 4, 6, 7))
-        letters = rng.random() < 0.7
-        labels: dict[str, None] = {}
-        while len(labels) < count:
-            labels["".join(rng.choices(ascii_uppercase, k=length)) if letters else self._word()] = None
-        return list(labels)
 
     def _statement(self) -> str:
         """The shape of a sentence that states a number under a name, with `{x}`, `{k}` and perhaps `{t}` to fill."""
@@ -180,7 +147,7 @@ class RetrievalWriter:
         }  # fmt: skip
         return shape.format(**{**slots, **chosen})
 
-    def _pick(self, kind: str) -> Any:
+    def _pick(self, kind: str) -> str:
         return self.rng.choice(self.wording[kind])
 
     def _state(self, shape: str, name: str, number: str, what: str) -> str:
