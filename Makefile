@@ -39,7 +39,7 @@ demo: $(DEMO)/metrics.json
 
 # written last: what was interrupted before goes on where it stopped
 $(DEMO)/metrics.json: | $(READY)
-	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny.yaml --per_device_train_batch_size 8 \
+	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny.yaml --per_device_train_batch_size 4 \
 		--output_dir $(DEMO)
 
 smollm2: $(READY)
