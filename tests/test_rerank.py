@@ -9,6 +9,7 @@ import torch
 from tiny import in_float64, random_ids, tiny_model
 
 from landmark_llama import LandmarkCache, LandmarkLlamaForCausalLM
+from landmark_llama.reading import rerank
 from landmark_llama.reading.rerank import choose_by_weight
 from landmark_llama.reading.storage import DeviceStorage
 from landmark_llama.reading.tiered_storage import FileStorage, HostStorage
@@ -81,9 +82,18 @@ def test_rows_of_a_ragged_batch_choose_for_themselves() -> None:
         assert torch.equal(model.generate(input_ids=alone, **how)[0, -4:], both[row])
 
 
+def test_all_blocks_are_weighed_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model(ALL), random_ids(2, 30 * TOKENS + 3)
+    at_once = model(input_ids=ids, past_key_values=LandmarkCache(model.config)).logits
+    monkeypatch.setattr(rerank, "SCORES_AT_ONCE", 1)
+    in_parts = model(input_ids=ids, past_key_values=LandmarkCache(model.config)).logits
+    torch.testing.assert_close(in_parts, at_once)
+
+
+@pytest.mark.parametrize("reranked", [5, ALL])
 @pytest.mark.parametrize("tier", ["host", "file"])
-def test_a_slower_tier_gives_the_same_bits(tier: str, tmp_path: Path) -> None:
-    model, ids = make_model(5), random_ids(1, 30 * TOKENS + 3)
+def test_a_slower_tier_gives_the_same_bits(tier: str, reranked: int, tmp_path: Path, general_steps: None) -> None:
+    model, ids = make_model(reranked), random_ids(1, 30 * TOKENS + 3)
     storage = HostStorage(budget=0) if tier == "host" else FileStorage(tmp_path, budget=0)
     how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "output_logits": True}
     how["return_dict_in_generate"] = True
