@@ -60,7 +60,7 @@ class Arguments:
         metadata={"help": "Longest prompt of which it is asked one, and longest context whose perplexity it gives."},
     )
     perplexity_lengths: list[int] = field(
-        default_factory=lambda: [512, 2048, 8192, 16384, 32768], metadata={"help": "Tokens of context."}
+        default_factory=lambda: [512, 2048, 8192, 32768], metadata={"help": "Tokens of context."}
     )
     methods: list[str] = field(
         default_factory=lambda: ["dense", "window", "yarn"], metadata={"help": "How the dense model reads."}
