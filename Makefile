@@ -33,7 +33,7 @@ TWO_PROCESSES := --multi_gpu --num_processes 2
 
 demo: $(DEMO)/metrics.json
 	$(BIN)/python eval_passkey/run.py --model $(DEMO) --baseline finetune/tiny_base \
-		--task $(TASKS) --haystack LICENSE --lengths $(LENGTHS) --samples 30 --baseline_max_length 4096 \
+		--task $(TASKS) --haystack LICENSE --lengths $(LENGTHS) --samples 20 --baseline_max_length 4096 \
 		--output $(DEMO_REPORT)
 	@echo $(DEMO)
 
