@@ -39,8 +39,7 @@ demo: $(DEMO)/metrics.json
 
 # written last: what was interrupted before goes on where it stopped
 $(DEMO)/metrics.json: | $(READY)
-	$(LAUNCH) $(TWO_PROCESSES) finetune/run.py --config finetune/configs/tiny.yaml --per_device_train_batch_size 4 \
-		--output_dir $(DEMO)
+	$(LAUNCH) --num_processes 1 finetune/run.py --config finetune/configs/tiny.yaml --output_dir $(DEMO)
 
 smollm2: $(READY)
 	$(BIN)/python examples/smollm2/run.py --output $(SMOLLM2_OUTPUT) $(if $(SMOLLM2),--package $(SMOLLM2)) $(SMOLLM2_FLAGS)
