@@ -68,7 +68,7 @@ class Arguments:
         default_factory=lambda: [32768], metadata={"help": "Tokens that the dense model reads, too; 0: none."}
     )
     equal_memory: bool = field(
-        default=False, metadata={"help": "Beside each tier, the dense model with the text that fits the same memory."}
+        default=False, metadata={"help": "Beside each tier, the longest text that dense reads in the same memory."}
     )
     granularity: str = field(default="head", metadata={"help": "Setting of retrieval_granularity."})
     text: str | None = field(
@@ -159,11 +159,39 @@ def _cache(model: PreTrainedModel, tier: str, budget: int, folder: str) -> Cache
     return LandmarkCache(model.config, storage=storage)
 
 
-def equal_length(config: LandmarkLlamaConfig, memory: float, dtype: torch.dtype, offloaded: bool) -> int:
-    """Tokens, at least one, whose keys and values take `memory` MiB in the dense model; `offloaded`: of two layers."""
+def most_that_could_fit(config: LandmarkLlamaConfig, memory: float, dtype: torch.dtype, offloaded: bool) -> int:
+    """Tokens (at least one) whose keys and values alone take `memory` MiB in the dense model, on a GPU those of two
+    layers. Masks and copies come on top.
+    """
     layers = min(2, config.num_hidden_layers) if offloaded else config.num_hidden_layers
     token = 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return max(1, int(memory * 2**20) // token)
+
+
+def longest_that_fits(measured: Callable[[int], dict[str, Any]], memory: float, most: int) -> dict[str, Any]:
+    """Figures of the longest text that was measured to take at most `memory` MiB, with its `length`.
+
+    Short ones first, since a text too long may take hours; the next that was too long is at most a sixteenth longer.
+
+    Args:
+        measured: length -> figures, with `peak_memory_mib`.
+        most: tokens from which on nothing is tried.
+
+    Raises:
+        MeasurementFailed: none fits.
+    """
+    fits, too_long, figures = 0, most + 1, None
+    length = max(1, most // 64)
+    while too_long - fits > max(1, too_long // 16):
+        found = measured(length)
+        if found["peak_memory_mib"] <= memory:
+            fits, figures = length, {"length": length, **found}
+        else:
+            too_long = length
+        length = min(2 * fits or too_long, (fits + too_long) // 2)
+    if figures is None:
+        raise MeasurementFailed(f"dense takes more than {memory} MiB for a single token")
+    return figures
 
 
 def _traffic(cache: LandmarkCache) -> dict[str, Any]:
@@ -252,11 +280,12 @@ def main(argv: list[str] | None = None) -> int:
         row = {"quantity": "reading", "implementation": tier, "budget_mib": budget, "length": length}
         _add(results, rows, row, lambda what=(tier, budget or 0, length): run(measure, model, config, args, *what))
         if args.equal_memory and tier in (HOST, FILE) and rows and rows[-1].items() >= row.items():
-            dtype, offloaded = getattr(torch, model.dtype), model.device != "cpu"
-            fits = equal_length(config, rows[-1]["peak_memory_mib"], dtype, offloaded)
-            row = {"quantity": "reading", "implementation": DENSE, "budget_mib": None, "length": fits}
+            memory = rows[-1]["peak_memory_mib"]
+            most = most_that_could_fit(config, memory, getattr(torch, model.dtype), model.device != "cpu")
+            row = {"quantity": "reading", "implementation": DENSE, "budget_mib": None}
             row["memory_of"] = f"{tier}, {budget} MiB, {length}"
-            _add(results, rows, row, lambda what=(DENSE, 0, fits): run(measure, model, config, args, *what))
+            dense = functools.partial(run, measure, model, config, args, DENSE, 0)
+            _add(results, rows, row, functools.partial(longest_that_fits, dense, memory, most))
     if args.overlap_length:
         row = {"quantity": "overlap", "implementation": "landmark", "length": args.overlap_length}
         _add(results, [], row, lambda: run(overlap, model, config, args))
