@@ -74,6 +74,9 @@ class Arguments:
     text: str | None = field(
         default=None, metadata={"help": "File to read, over and over, with --model; default: random tokens."}
     )
+    reading_retrieved_blocks: int | None = field(
+        default=None, metadata={"help": "Blocks that a query retrieves before the question; default: as many as there."}
+    )
     piece: int = field(default=65536, metadata={"help": "Tokens of a call."})
     question: int = field(default=16, metadata={"help": "Tokens of the question."})
     answer: int = field(default=8, metadata={"help": "Tokens of the answer."})
@@ -116,8 +119,9 @@ def measure(
             ordinary = length + args.question + args.answer
             cache.expect(ordinary + ordinary // (config.block_size - 1))
         watch = Stopwatch(model_args.device)
+        how = {} if tier == DENSE else {"num_retrieved_blocks": args.reading_retrieved_blocks}
         for piece in text[:, :length].split(args.piece, dim=1):
-            model(piece.long(), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece.long(), past_key_values=cache, use_cache=True, logits_to_keep=1, **how)
         read = watch.lap()
         token = text[:, length:].long()
         for _ in range(args.answer):
@@ -263,6 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         "granularity": args.granularity,
         "shape": shape_of(config),
         "dtype": model.dtype,
+        "reading_retrieved_blocks": args.reading_retrieved_blocks,
         "piece": args.piece,
         "question_tokens": args.question,
         "answer_tokens": args.answer,

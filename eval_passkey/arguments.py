@@ -30,6 +30,13 @@ class ReadingArguments:
         default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
     )
     local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
+    reading_retrieved_blocks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Landmark model, with --cache: blocks that a query reads before the last window of the prompt, "
+            "where the question stands; default: as many as there."
+        },
+    )
     kernels: bool = field(
         default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
     )
@@ -124,6 +131,14 @@ class Arguments(ReadingArguments):
                 raise InputError(f"--lengths {length}: a prompt has at least one token")
         if not self.lengths:
             raise InputError("--lengths: at least one length is needed")
+        if self.reading_retrieved_blocks is not None:
+            if self.reading_retrieved_blocks < 0:
+                raise InputError(f"--reading_retrieved_blocks {self.reading_retrieved_blocks}: must not be negative")
+            if self.cache == "device":
+                raise InputError(
+                    f"--reading_retrieved_blocks {self.reading_retrieved_blocks}: a prompt is read in several calls "
+                    "with --cache host or file:FOLDER alone; add it"
+                )
         for name in ("samples", "num_depths", "length_spread", "baseline_max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")

@@ -53,6 +53,7 @@ def ask(
     cache: LandmarkCache | None = None,
     progress: Callable[[int], object] | None = None,
     needle_rank: bool = False,
+    reading_retrieved_blocks: int | None = None,
 ) -> dict:
     """Asks one prompt and returns its row of results.
 
@@ -63,12 +64,13 @@ def ask(
     progress: is told how many tokens of the prompt each call has read, where there are several.
     needle_rank: the row says, too, at which rank each layer and head of a landmark model saw the needle's block; the
         prompt's last token is then read by a call of its own.
+    reading_retrieved_blocks: as of `read_prompt`.
     """
     prompt = task.prompt(prompt_tokens or length, seed, depth)
     start = time.perf_counter()
     if needle_rank and cache is None:
         cache = LandmarkCache(model.config)
-    kept = (cache,) if cache is None else (cache, progress)
+    kept = (cache,) if cache is None else (cache, progress, reading_retrieved_blocks)
     if needle_rank:
         read_prompt(model, torch.tensor([prompt.input_ids], device=model.device), prompt.max_new_tokens, *kept)
         ranks = ranks_of_needle(model, cache, prompt)
@@ -98,14 +100,16 @@ def generate_answer(
     prompt: Prompt,
     cache: LandmarkCache | None = None,
     progress: Callable[[int], object] | None = None,
+    reading_retrieved_blocks: int | None = None,
 ) -> str:
     """What the model says after a prompt, greedily, whatever its generation configuration prefers.
 
-    cache, progress: as for `ask`. It is filled in several calls, because a call holds much beside what is remembered.
+    cache, progress, reading_retrieved_blocks: as for `ask`. The cache is filled in several calls, because a call holds
+        much beside what is remembered.
     """
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
     if cache is not None and model.config.local_attention == "sliding":  # in which calls of whole blocks change nothing
-        read_prompt(model, input_ids, prompt.max_new_tokens, cache, progress)
+        read_prompt(model, input_ids, prompt.max_new_tokens, cache, progress, reading_retrieved_blocks)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -127,15 +131,27 @@ def read_prompt(
     max_new_tokens: int,
     cache: LandmarkCache,
     progress: Callable[[int], object] | None = None,
+    reading_retrieved_blocks: int | None = None,
 ) -> None:
-    """Reads what `cache` does not hold yet of a prompt (1, length) without its last token, in several calls."""
+    """Reads what `cache` does not hold yet of a prompt (1, length) without its last token, in several calls.
+
+    reading_retrieved_blocks: blocks that a query retrieves before the last window of the prompt; None: as many as
+        there.
+    """
+    block, settings = block_tokens(model.config), model.config.retrieval()
     ordinary = input_ids.shape[1] + max_new_tokens
-    cache.expect(ordinary + ordinary // block_tokens(model.config))  # so that what a tier holds is never moved
+    cache.expect(ordinary + ordinary // block)  # so that what a tier holds is never moved
     rest = input_ids[:, cache.get_seq_length() : -1]
-    for piece in rest.split(CALL_BLOCKS * block_tokens(model.config), dim=1) if rest.shape[1] else ():
-        model(piece, past_key_values=cache, logits_to_keep=1)
-        if progress is not None:
-            progress(piece.shape[1])
+    calls = [(piece, None) for piece in rest.split(CALL_BLOCKS * block, dim=1)]
+    if reading_retrieved_blocks is not None:
+        before = max(0, rest.shape[1] - (settings.num_direct_blocks + 1) * block)
+        calls = [(piece, reading_retrieved_blocks) for piece in rest[:, :before].split(CALL_BLOCKS * block, dim=1)]
+        calls.append((rest[:, before:], None))
+    for piece, retrieved in calls:
+        if piece.shape[1]:
+            model(piece, past_key_values=cache, logits_to_keep=1, num_retrieved_blocks=retrieved)
+            if progress is not None:
+                progress(piece.shape[1])
 
 
 def block_tokens(config) -> int | None:

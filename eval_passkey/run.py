@@ -58,6 +58,7 @@ class PasskeyRun:
         self.tasks = make_tasks(args, subject)
         self._refuse_short_lengths()
         self.storage = args.storage(subject) if role == "model" else None
+        self.reading = args.reading_retrieved_blocks if role == "model" else None
         self.needle_rank = args.needle_rank and role == "model"
         if self.needle_rank and not subject.is_landmark:
             raise InputError(f"--needle_rank: needs a landmark model, and {subject.name} is none")
@@ -73,6 +74,7 @@ class PasskeyRun:
             "dtype": args.dtype,
             "retrieval": subject.retrieval_settings,
             "needle_rank": self.needle_rank or None,
+            "reading_retrieved_blocks": self.reading,
         }
         folder = Path(args.output) / ("baseline" if role == "baseline" else "")
         identity = {"fingerprint": subject.fingerprint, "settings": settings}
@@ -130,7 +132,8 @@ class PasskeyRun:
         seed, tokens, depth = self.args.seed + sample, self._tokens(length, sample), self.args.depth(sample)
         try:
             how = {"prompt_tokens": tokens, "depth": depth, "period": self.period, "progress": progress}
-            row = ask(model, task, length, seed, cache=self._new_cache(), needle_rank=self.needle_rank, **how)
+            how |= {"needle_rank": self.needle_rank, "reading_retrieved_blocks": self.reading}
+            row = ask(model, task, length, seed, cache=self._new_cache(), **how)
         except (RuntimeError, MemoryError, IndexError, ValueError) as error:
             # a baseline may also run past its positions; of the model, nothing but a lack of memory is put aside
             if self.role == "model" and not is_out_of_memory(error):

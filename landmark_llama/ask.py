@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from landmark_llama.memories.asking import Answer, Memory
-from landmark_llama.memories.command import add_model_flags, ending_in_one_sentence
+from landmark_llama.memories.command import add_model_flags, add_retrieval_flags, ending_in_one_sentence, retrieval_of
 from landmark_llama.memories.models import load_model, settings_of
 from landmark_llama.memories.passages import Passage, heaviest
 from landmark_llama.reading.storage import BlockStorage
@@ -28,17 +28,22 @@ from landmark_llama.saved.folder import read_manifest
 
 
 def open_memory(
-    model: str, folder: str, device: str | None = None, storage: Callable[[int], BlockStorage] | None = None
+    model: str,
+    folder: str,
+    device: str | None = None,
+    storage: Callable[[int], BlockStorage] | None = None,
+    retrieval: dict[str, Any] | None = None,
 ) -> Memory:
     """The memory in `folder` and its model, in the dtype and with the retrieval settings that it was read with.
 
     storage: as of `LandmarkCache.load`.
+    retrieval: settings in place of those.
 
     Raises:
         OSError, ValueError: see `LandmarkCache.load` and `load_model`.
     """
     state = read_manifest(folder)
-    settings = settings_of(state)
+    settings = {**settings_of(state), **(retrieval or {})}
     loaded = load_model(model, dtype=state.model["dtype"], device=device, settings=settings)
     return Memory(folder, *loaded, storage)
 
@@ -116,12 +121,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, metavar="MIB",
                         help="of host or file: MiB of blocks that stay on the device (256)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a line of JSON an answer")
+    add_retrieval_flags(parser, "how the memory is read, by default as the text was")
     args = parser.parse_args(argv)
     with ending_in_one_sentence():
         questions = questions_of(args)
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-        answer_all(open_memory(args.model, args.memory, args.device, storage_of(args)), questions, args)
+        memory = open_memory(args.model, args.memory, args.device, storage_of(args), retrieval_of(args))
+        answer_all(memory, questions, args)
 
 
 def answer_all(memory: Memory, questions: list[str], args: argparse.Namespace) -> None:

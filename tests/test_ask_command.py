@@ -59,6 +59,13 @@ def test_the_answer_is_what_the_model_says_after_text_and_question(model: Path, 
     assert answer.ids == expected.tolist() and answer.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_a_question_may_read_more_than_the_text_did(model: Path, memory: Path) -> None:
+    opened = ask.open_memory(str(model), str(memory), "cpu", retrieval={"num_retrieved_blocks": 2})
+    settings = opened.model.config.retrieval()
+    assert settings.num_retrieved_blocks == 2 and settings.num_direct_blocks == 4 - 3 + 1, "what the text was read with"
+    assert opened.ask("Who?", as_it_is=True, max_new_tokens=3).ids
+
+
 def test_a_question_leaves_no_trace_and_costs_no_text(opened: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
     forward = opened.model.model.forward

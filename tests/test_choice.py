@@ -92,6 +92,20 @@ def test_selection_equals_brute_force(n: list[int], k: int, granularity: str) ->
         torch.testing.assert_close(worth[blocks].sort().values, worth.sort().values[len(worth) - available :])
 
 
+@pytest.mark.parametrize("granularity", ["token_and_head", "head", "token"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_where_all_retrieved_blocks_are_sinks_nothing_is_compared(k: int, granularity: str) -> None:
+    query, landmarks, candidates, position = random_case([0, 1, 2, 5, 9])
+    landmarks[:] = torch.nan  # that nobody looks at
+    choice = choose(query, landmarks, candidates, position, k, granularity, num_sink_blocks=k)
+    shared = choose(*random_case([0, 1, 2, 5, 9]), k, granularity)
+    assert choice.block.shape == shared.block.shape
+    for group, n in enumerate(candidates[0].tolist()):
+        sinks = [-1] * (k - min(k, n)) + list(range(min(k, n)))
+        assert (choice.block[:, :, :, group] == torch.tensor(sinks)).all()
+        assert torch.equal(choice.recent[:, :, :, group], choice.block[:, :, :, group] >= n - k)
+
+
 @pytest.mark.parametrize("granularity", ["head", "token"])
 def test_large_scores_are_compared_by_their_logarithms(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case([0, 11, 40])

@@ -28,6 +28,7 @@ SMALL = [
 def test_a_small_run_measures_every_tier_and_the_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "memory.jsonl"
     what = ["--lengths", "600", "--dense_lengths", "300", "--budgets", "0", "--piece", "250", "--overlap_length", "400"]
+    what += ["--reading_retrieved_blocks", "1"]
     assert memory.main([*SHAPE, *SMALL, *what, "--output", str(output)]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     found = [(row["quantity"], row["implementation"], row["length"]) for row in rows]

@@ -35,6 +35,38 @@ def test_a_long_prompt_says_how_far_it_is_read(landmark: Path, monkeypatch: pyte
     assert len(told) > 2 and sum(told) == row["prompt_tokens"] - 1
 
 
+def test_text_may_retrieve_less_than_the_question(
+    landmark: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "CALL_BLOCKS", 8)
+    subject = find_subject("--model", str(landmark), {})
+    model = load_model("--model", subject, "float32", "cpu")
+    calls, forward = [], model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda ids=None, **how: calls.append((ids, how.get("num_retrieved_blocks"))) or forward(ids, **how),
+    )
+    ids = torch.tensor([make_task("passkey", subject.tokenizer).prompt(300, 0).input_ids])
+    measure.read_prompt(model, ids, 8, LandmarkCache(model.config, storage=HostStorage(budget=0)), None, 0)
+    window = (model.config.retrieval().num_direct_blocks + 1) * (model.config.block_size - 1)
+    assert [retrieved for _, retrieved in calls] == [0] * (len(calls) - 1) + [None] and len(calls) > 2
+    assert torch.equal(torch.cat([piece for piece, _ in calls], dim=1), ids[:, :-1])
+    assert calls[-1][0].shape[1] == window
+
+
+def test_less_for_the_text_is_a_setting_of_the_rows(landmark: Path, tmp_path: Path) -> None:  # noqa: F811
+    few = ("--lengths", "300", "--samples", "1", "--cache", "host")
+    assert command(landmark, tmp_path, *few, "--reading_retrieved_blocks", "0") == 0
+    with pytest.raises(InputError, match="reading_retrieved_blocks"):
+        command(landmark, tmp_path, *few)
+    with pytest.raises(InputError, match="--reading_retrieved_blocks -1: must not be negative"):
+        command(landmark, tmp_path / "other", *few, "--reading_retrieved_blocks", "-1")
+    with pytest.raises(InputError, match="--reading_retrieved_blocks 0: .* with --cache host or file:FOLDER alone"):
+        command(landmark, tmp_path / "other", "--reading_retrieved_blocks", "0")
+
+
 def test_a_name_of_no_cache_and_a_model_without_landmarks_are_refused(
     landmark: Path,  # noqa: F811
     dense: Path,  # noqa: F811

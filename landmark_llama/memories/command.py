@@ -20,9 +20,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
 
 
-def add_retrieval_flags(parser: argparse.ArgumentParser) -> None:
+def add_retrieval_flags(
+    parser: argparse.ArgumentParser, title: str = "how the text is read, by default as the model's configuration says"
+) -> None:
     """The settings that a text is read with, in place of the model's own."""
-    group = parser.add_argument_group("how the text is read, by default as the model's configuration says")
+    group = parser.add_argument_group(title)
     group.add_argument("--num_retrieved_blocks", type=int, metavar="K")
     group.add_argument("--num_local_blocks", type=int, metavar="N")
     group.add_argument("--local_attention", choices=get_args(LocalAttention))

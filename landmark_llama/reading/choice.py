@@ -123,6 +123,12 @@ def choose_blocks(
         recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
     k = rotated.shape[-2] - 1 if recent_landmarks is None else recent_landmarks.shape[-2]
+    if num_sink_blocks == k:  # nothing to compare
+        whose = rotated.shape[:-2] if granularity == "token_and_head" else (*rotated.shape[:4], 1)
+        whose = (whose[0], 1, 1, *rotated.shape[3:5]) if granularity == "token" else whose
+        n = candidates[:, None, None, :, None, None]
+        block = with_sinks(rotated.new_empty((*whose, 0), dtype=torch.long), k, n).sort(-1).values
+        return Choice(block, block >= n - k)
     if granularity == "head" and rotated.shape[4] == 1:
         granularity = "token_and_head"  # a query that shares its choice with no other, as in a decoding step
     settings = {"granularity": granularity, "landmarks_tie": landmarks_tie, "num_sink_blocks": num_sink_blocks}
