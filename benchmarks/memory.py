@@ -109,7 +109,7 @@ def measure(
 ) -> dict[str, Any]:
     """One measurement, in this process. `tier`: one of the tiers, or `DENSE`; `budget`: MiB."""
     model = load_model(model_args, config, DENSE if tier == DENSE else "landmark")
-    text = _text(model_args, config, args, length + args.question)
+    text = text_of(model_args, config, args.text, length + args.question)
     warm = LandmarkCache(config) if tier != DENSE else DynamicCache(config=model.config)
     model(text[:, :1024].long(), past_key_values=warm, logits_to_keep=1)
     before, memory = process_peak(), PeakMemory(model_args.device)
@@ -142,12 +142,12 @@ def measure(
         return row | (_traffic(cache) if tier in (HOST, FILE) else {})
 
 
-def _text(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Arguments, length: int) -> Tensor:
-    """(1, length) ids, int32: random ones, or of the file, repeated as often as is needed."""
-    if args.text is None:
+def text_of(model_args: ModelArguments, config: LandmarkLlamaConfig, path: str | None, length: int) -> Tensor:
+    """(1, length) ids, int32: random ones, or of the file `path`, repeated as often as is needed."""
+    if path is None:
         return random_text(model_args, config, length).int()
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
-    ids = tokenizer(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
     ids = torch.tensor([ids], dtype=torch.int32, device=model_args.device)
     return ids.repeat(1, -(-length // ids.shape[1]))[:, :length].clone()
 
@@ -232,7 +232,7 @@ def overlap(model_args: ModelArguments, config: LandmarkLlamaConfig, args: Argum
     """The share of a query block's choices that the one before it made, too, by layer whose output is computed."""
     model = load_model(model_args, config, "landmark")
     cache = LandmarkCache(config, storage=ObservedStorage)
-    model(_text(model_args, config, args, args.overlap_length).long(), past_key_values=cache, logits_to_keep=1)
+    model(text_of(model_args, config, args.text, args.overlap_length).long(), past_key_values=cache, logits_to_keep=1)
     storages = [storage for storage in cache.storages if storage.chosen]
     return {"overlap": [round(storage.again / storage.chosen, 4) for storage in storages]}
 

@@ -45,6 +45,11 @@ class ReadingArguments:
         metadata={"help": "Landmark model: where what it has read is kept: device, host, or file:FOLDER."},
     )
 
+    index: Literal["exact", "hnsw", "ivf"] = field(
+        default="exact",
+        metadata={"help": "Landmark model, on a CPU: blocks are chosen exactly, or by an index of the package faiss."},
+    )
+
     def storage(self, subject: Subject) -> Callable[[int], BlockStorage] | None:
         """The storage that `cache` names, for a LandmarkCache of the model to be measured; None for the default.
 

@@ -37,6 +37,7 @@ from eval_passkey.results import ResultsFolder
 from eval_passkey.tasks import TaskName, make_task
 from landmark_llama import LandmarkCache
 from landmark_llama.configuration import RETRIEVAL_SETTINGS
+from landmark_llama.reading.storage import DeviceStorage
 from landmark_llama.reading.tiers import TierError
 
 PROTOCOL = 2  # raised whenever the same settings come to other prompts or another judgement
@@ -59,6 +60,9 @@ class PasskeyRun:
         self._refuse_short_lengths()
         self.storage = args.storage(subject) if role == "model" else None
         self.reading = args.reading_retrieved_blocks if role == "model" else None
+        self.index = args.index if role == "model" and args.index != "exact" else None
+        if self.index is not None:
+            self._refuse_index()
         self.needle_rank = args.needle_rank and role == "model"
         if self.needle_rank and not subject.is_landmark:
             raise InputError(f"--needle_rank: needs a landmark model, and {subject.name} is none")
@@ -75,10 +79,21 @@ class PasskeyRun:
             "retrieval": subject.retrieval_settings,
             "needle_rank": self.needle_rank or None,
             "reading_retrieved_blocks": self.reading,
+            "index": self.index,
         }
         folder = Path(args.output) / ("baseline" if role == "baseline" else "")
         identity = {"fingerprint": subject.fingerprint, "settings": settings}
         self.results = ResultsFolder(folder, identity, {task.name: task.describe() for task in self.tasks})
+
+    def _refuse_index(self) -> None:
+        if not self.subject.is_landmark:
+            raise InputError(f"--index {self.index}: needs a landmark model, and {self.subject.name} is none")
+        if self.args.device != "cpu":
+            raise InputError(f"--index {self.index}: chooses on a CPU, not on {self.args.device}; add --device cpu")
+        try:
+            self._new_cache()
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
 
     def _refuse_short_lengths(self) -> None:
         """Every prompt of the shortest length has to have room; where there is little, each of them is made."""
@@ -143,7 +158,9 @@ class PasskeyRun:
             self.results.append(row)
 
     def _new_cache(self) -> LandmarkCache | None:
-        return LandmarkCache(self.subject.config, storage=self.storage) if self.storage else None
+        if self.storage is None and self.index is None:
+            return None
+        return LandmarkCache(self.subject.config, storage=self.storage or DeviceStorage, index=self.index)
 
     def _skip(self, length: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

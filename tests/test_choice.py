@@ -245,7 +245,7 @@ def test_a_choice_among_repeated_landmarks_is_that_of_brute_force(
     monkeypatch.setattr(repeated, "FROM_BLOCKS", 40)
     found, taken = RepeatedLandmarks(), []
     among = repeated.highest_of_groups
-    monkeypatch.setattr(retrieval, "highest_of_groups", lambda *args, **kw: taken.append(1) or among(*args, **kw))
+    monkeypatch.setattr(repeated, "highest_of_groups", lambda *args, **kw: taken.append(1) or among(*args, **kw))
     query, landmarks, _, position = random_case([80] * 3, batch=1)
     landmarks = landmarks.mul(4).round().div(4)[:, :, :different]
     query, landmarks = query.mul(4).round().div(4), landmarks[:, :, torch.randint(0, different, (300,))]

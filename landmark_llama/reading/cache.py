@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from landmark_llama.configuration import LandmarkConfig
+from landmark_llama.reading.approximate import ApproximateLandmarks, IndexKind
 from landmark_llama.reading.decoding_graphs import DecodingGraphs
 from landmark_llama.reading.saved import SavedMixin
 from landmark_llama.reading.storage import BlockStorage, DeviceStorage, Prior
@@ -63,6 +64,8 @@ class LandmarkCache(SavedMixin, Cache):
         config: of the model it is for.
         storage: makes the storage of one layer, given the block size: `DeviceStorage`, by default, or where there is
             more room `HostStorage()` or `FileStorage(folder)` (`docs/memory_tiers.md`).
+        index: on a CPU, choose among many blocks approximately, by an index of the package faiss, `"hnsw"` or `"ivf"`
+            (`docs/memory_tiers.md`); None: exactly.
         cuda_graphs: on a GPU, record the layers of a decoding step and replay them, which spares the host the launching
             (`docs/reading_on_a_gpu.md`). The model's weights must stay where they are while the cache is used.
             Elsewhere it changes nothing.
@@ -81,6 +84,7 @@ class LandmarkCache(SavedMixin, Cache):
         config: LandmarkConfig,
         storage: Callable[[int], BlockStorage] = DeviceStorage,
         *,
+        index: IndexKind | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         if not isinstance(config, LandmarkConfig):
@@ -89,7 +93,13 @@ class LandmarkCache(SavedMixin, Cache):
                 f"{type(config).__name__}"
             )
         self.block_size = config.block_size
-        self._make_storage = storage
+        if index is not None and (config.block_weight == "exact" or config.retrieval_granularity == "token"):
+            raise ValueError(
+                f"index={index!r}: needs block_weight='landmark' and a choice for each head, not "
+                f"block_weight={config.block_weight!r}, retrieval_granularity={config.retrieval_granularity!r}; "
+                "leave it out to compare all landmarks"
+            )
+        self._make_storage, self._index = storage, index
         self.graphs = DecodingGraphs() if cuda_graphs else None
         self._first_ties = config.landmark_key == "token"  # layer 0's landmark keys depend on their positions alone
         super().__init__(layers=self._new_layers(config.num_hidden_layers))
@@ -179,4 +189,6 @@ class LandmarkCache(SavedMixin, Cache):
     def _new_layers(self, number: int) -> list[LandmarkCacheLayer]:
         storages = [self._make_storage(self.block_size) for _ in range(number)]
         storages[0].landmarks_tie = self._first_ties
+        for storage in storages if self._index is not None else ():
+            storage.repeated = ApproximateLandmarks(self._index)
         return [LandmarkCacheLayer(storage) for storage in storages]

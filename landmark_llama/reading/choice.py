@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.reading.approximate import ApproximateLandmarks
 from landmark_llama.reading.highest import (
     Highest,
     Sharing,
@@ -27,7 +28,7 @@ from landmark_llama.reading.highest import (
     merge,
     top_latest,
 )
-from landmark_llama.reading.repeated import RepeatedLandmarks, highest_of_groups
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 # scores held while choosing: enough to be worth a call each, few enough to be fresh in the caches
 SCORES_AT_ONCE = 1 << 21
@@ -101,7 +102,7 @@ def choose_blocks(
     granularity: str,
     landmarks_tie: bool,
     biases: Tensor | None = None,
-    repeated: RepeatedLandmarks | None = None,
+    repeated: RepeatedLandmarks | ApproximateLandmarks | None = None,
     num_sink_blocks: int = 0,
     recent_landmarks: Tensor | None = None,
 ) -> Choice:
@@ -118,7 +119,8 @@ def choose_blocks(
         landmarks_tie: all landmark keys are one and the same (layer 0): equal up to rounding noise, which must not
             decide.
         biases: (batch, kv_heads, blocks), added to the scores; not where landmarks tie.
-        repeated: knows which of the landmarks are equal; where many are, each is scored once.
+        repeated: finds the highest scores without comparing all: where many landmarks are equal, each is scored once;
+            or approximately.
         num_sink_blocks: of the k blocks, so many are the first ones of the candidates, whatever they score.
         recent_landmarks: from `landmarks_at_their_distances`; then `rotated` has the farthest distance alone.
     """
@@ -135,10 +137,10 @@ def choose_blocks(
     fewest, highest, sinks = int(candidates.min()) - k, None, num_sink_blocks
     alike = not landmarks_tie and sinks < k and recent_landmarks is None  # candidates, all compared alike
     if granularity != "token" and alike and rotated.device.type == "cpu":
-        groups = repeated.groups(landmarks[:, :, : max(fewest, 0)], k, sinks) if repeated and biases is None else None
+        found = repeated.search(landmarks[:, :, : max(fewest, 0)], biases, k - sinks, sinks) if repeated else None
         many_from = MANY_FROM if granularity == "token_and_head" else MANY_SHARED_FROM
-        if groups is not None:
-            highest, near_from = functools.partial(highest_of_groups, groups=groups, k=k - sinks), groups.blocks
+        if found is not None:
+            highest, near_from = found
         elif fewest - sinks >= many_from and rotated[0, 0, ..., 0, 0].numel() >= TILED_FROM:
             if rotated.shape[1] > 1:
                 return _choose_head_by_head(rotated, landmarks, candidates, valid, biases, settings)

@@ -6,7 +6,9 @@ win. Groups pay where there are far fewer of them than blocks; where there are n
 
 from __future__ import annotations
 
+import functools
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +60,17 @@ class RepeatedLandmarks:
         if block < self.blocks:
             self._clear()
             self.pay = self.hopeless = False
+
+    def search(
+        self, landmarks: Tensor, biases: Tensor | None, k: int, skipped: int = 0
+    ) -> tuple[Callable[..., Highest], int] | None:
+        """What finds the k highest among the first of `landmarks` (batch, kv_heads, blocks, head_dim), and how many
+        blocks those are; None where groups do not pay, or where there are `biases`, which differ within a group.
+
+        skipped: so many of the first blocks are not searched.
+        """
+        groups = None if biases is not None else self.groups(landmarks, k, skipped)
+        return None if groups is None else (functools.partial(highest_of_groups, groups=groups, k=k), groups.blocks)
 
     def groups(self, landmarks: Tensor, k: int, skipped: int = 0) -> Groups | None:
         """Those of `landmarks` (1, kv_heads, blocks, head_dim) on a CPU; None where they do not pay.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from landmark_llama.attention.pooling import pool_block
 from landmark_llama.attention.rotary import RotaryTable
+from landmark_llama.reading.approximate import ApproximateLandmarks
 from landmark_llama.reading.repeated import RepeatedLandmarks
 
 
@@ -50,7 +51,8 @@ class BlockStorage(Protocol):
             tensors. Kernels read these.
         landmarks_tie: set before the first write: all landmark keys are one and the same up to rounding (layer 0), and
             that of block 0 may stand for all.
-        repeated: knows which landmarks are equal to the bit.
+        repeated: finds the highest scores without comparing all landmarks: by those that are equal to the bit, or
+            approximately.
     """
 
     block_size: int
@@ -59,7 +61,7 @@ class BlockStorage(Protocol):
     device: torch.device | None
     resident: tuple[Tensor, Tensor] | None
     landmarks_tie: bool
-    repeated: RepeatedLandmarks
+    repeated: RepeatedLandmarks | ApproximateLandmarks
 
     def expect(self, blocks: int) -> None:
         """Announces that rows will soon hold `blocks` blocks, so that room for them is made once."""
