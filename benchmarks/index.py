@@ -1,4 +1,4 @@
-"""Blocks chosen by an index of faiss beside the exact choice: time to read a text, and how much of that choice is found.
+"""Blocks chosen by an index of faiss beside the exact choice: time to read a text, and how much of it is found.
 
     python benchmarks/index.py --model DIR --text BOOK.txt --lengths 131072 524288
     python benchmarks/index.py --lengths 131072      # random weights and tokens
