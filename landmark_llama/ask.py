@@ -37,15 +37,23 @@ def open_memory(
     """The memory in `folder` and its model, in the dtype and with the retrieval settings that it was read with.
 
     storage: as of `LandmarkCache.load`.
-    retrieval: settings in place of those.
+    retrieval: settings in place of those. With more retrieved blocks than the text was read with, so many local ones as
+        then fit, unless they are given.
 
     Raises:
         OSError, ValueError: see `LandmarkCache.load` and `load_model`.
     """
     state = read_manifest(folder)
-    settings = {**settings_of(state), **(retrieval or {})}
+    settings = settings_of(state)
     loaded = load_model(model, dtype=state.model["dtype"], device=device, settings=settings)
-    return Memory(folder, *loaded, storage)
+    memory, config = Memory(folder, *loaded, storage), loaded[0].config
+    for name, value in (retrieval or {}).items():
+        setattr(config, name, value)
+    if retrieval and "num_local_blocks" not in retrieval and config.num_local_blocks is not None:
+        room = config.train_context_length // config.block_size - config.num_retrieved_blocks - 2
+        config.num_local_blocks = max(0, min(room, config.num_local_blocks))
+    config.check()
+    return memory
 
 
 def storage_of(args: argparse.Namespace) -> Callable[[int], BlockStorage] | None:

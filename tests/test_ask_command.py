@@ -60,10 +60,17 @@ def test_the_answer_is_what_the_model_says_after_text_and_question(model: Path, 
 
 
 def test_a_question_may_read_more_than_the_text_did(model: Path, memory: Path) -> None:
-    opened = ask.open_memory(str(model), str(memory), "cpu", retrieval={"num_retrieved_blocks": 2})
+    opened = ask.open_memory(str(model), str(memory), "cpu", retrieval={"num_retrieved_blocks": 5})
     settings = opened.model.config.retrieval()
-    assert settings.num_retrieved_blocks == 2 and settings.num_direct_blocks == 4 - 3 + 1, "what the text was read with"
-    assert opened.ask("Who?", as_it_is=True, max_new_tokens=3).ids
+    assert settings.num_retrieved_blocks == 5 and settings.num_direct_blocks == 3, "as the text was read"
+    as_read = ask.open_memory(str(model), str(memory), "cpu").ask("Who?", as_it_is=True, show=True, max_new_tokens=3)
+    answer = opened.ask("Who?", as_it_is=True, show=True, max_new_tokens=3)
+    assert [x.retrieved[0].block.shape[-1] for x in (as_read, answer)] == [3, 5]
+    whole = opened.model.config.train_context_length // opened.model.config.block_size
+    most = ask.open_memory(str(model), str(memory), "cpu", retrieval={"num_retrieved_blocks": whole - 3})
+    assert most.model.config.retrieval().num_direct_blocks == 1, "what is left of the window"
+    with pytest.raises(ValueError, match=f"num_retrieved_blocks={whole}"):
+        ask.open_memory(str(model), str(memory), "cpu", retrieval={"num_retrieved_blocks": whole})
 
 
 def test_a_question_leaves_no_trace_and_costs_no_text(opened: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
