@@ -62,12 +62,15 @@ def test_a_search_of_all_landmarks_chooses_as_the_exact_comparison(
     assert len(searched) == 4
 
 
+@pytest.mark.parametrize("granularity", ["token_and_head", "head"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_most_of_the_best_blocks_of_random_landmarks_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_of_the_best_blocks_of_random_landmarks_are_found(
+    kind: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(approximate, "FROM_BLOCKS", 1000)
     query, landmarks, position = case(5000)
     exact, found = (
-        choose(query, landmarks, position, "token_and_head", x).block for x in (None, ApproximateLandmarks(kind))
+        choose(query, landmarks, position, granularity, x).block for x in (None, ApproximateLandmarks(kind))
     )
     recall = (exact.unsqueeze(-1) == found.unsqueeze(-2)).any(-1).float().mean()
     assert 0.6 < recall <= 1

@@ -3,7 +3,7 @@
 An index for each row and KV head holds the landmarks of older blocks, pooled keys with their bias as one more
 dimension. It proposes some for each query. What is proposed is scored as ever, and so are sinks and the last blocks at
 their own distances. Two things differ from the exact choice: a block that is not proposed cannot be chosen, and where
-queries share a choice, their shares are of what was proposed for them together.
+queries share a choice, the sums that their shares are of are estimated from `SAMPLED` landmarks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ LINKS, BUILDING, SEARCHING = 16, 40, 64  # of HNSW: links of a landmark; candida
 LISTS_LOOKED_AT = 8  # of IVF, which has about the square root of the landmarks' number of them
 GROWTH = 4  # times more landmarks than an IVF was made for: it is made anew
 PROPOSED = 2  # times as many as a query chooses
+SAMPLED = 512  # landmarks at even distances, of which sums of exponentials are estimated
 
 
 class ApproximateLandmarks:
@@ -54,6 +55,7 @@ class ApproximateLandmarks:
     def _clear(self) -> None:
         self.blocks = self.skipped = self._made_for = 0
         self._indices: list[Any] = []  # of each row and KV head
+        self._largest = 0.0  # square of a norm that few landmarks exceed
 
     def forget(self, block: int) -> None:
         """Announces that blocks from `block` on are written anew: an index cannot forget some, it is made anew."""
@@ -90,17 +92,27 @@ class ApproximateLandmarks:
         key = landmarks[:, :, part].flatten(0, 1).float()
         if biases is not None:
             key = torch.cat([key, biases[:, :, part].flatten(0, 1).float().unsqueeze(-1)], dim=-1)
+        if self.kind == "hnsw":
+            key = self._as_near(key)
         if not self._indices:
             self._indices = [self._new(x.contiguous().numpy()) for x in key]
         for index, x in zip(self._indices, key, strict=True):
             index.add(x.contiguous().numpy())
         self.blocks = blocks
 
+    def _as_near(self, key: Tensor) -> Tensor:
+        """`key` with one more dimension that gives all the same norm, so that the nearest have the highest products:
+        links between near ones are what a graph searches well.
+        """
+        square = key.square().sum(-1, keepdim=True)
+        self._largest = self._largest or 1.5 * float(square.max())
+        return torch.cat([key, (self._largest - square).clamp_min(0).sqrt()], dim=-1)
+
     def _new(self, key: Any) -> Any:
         """An empty index, made for landmarks such as `key` (blocks, dimensions)."""
         size, metric = key.shape[1], self._faiss.METRIC_INNER_PRODUCT
         if self.kind == "hnsw":
-            index = self._faiss.IndexHNSWFlat(size, LINKS, metric)
+            index = self._faiss.IndexHNSWFlat(size, LINKS, self._faiss.METRIC_L2)
             index.hnsw.efConstruction, index.hnsw.efSearch = BUILDING, SEARCHING
             return index
         index = self._faiss.IndexIVFFlat(self._faiss.IndexFlatIP(size), size, round(len(key) ** 0.5), metric)
@@ -113,6 +125,8 @@ class ApproximateLandmarks:
         asked = query.float()
         if bias is not None:
             asked = torch.cat([asked, asked.new_ones(*asked.shape[:-1], 1)], dim=-1)
+        if self.kind == "hnsw":
+            asked = torch.nn.functional.pad(asked, (0, 1))
         number = PROPOSED * k + 1  # more than k, as `top_latest` needs
         found = [
             torch.from_numpy(index.search(x.flatten(0, 1).contiguous().numpy(), number)[1])
@@ -132,8 +146,24 @@ class ApproximateLandmarks:
             value = value.masked_fill(again, -torch.inf)
         else:
             value = query @ chosen.transpose(-1, -2) + (added.unsqueeze(-2) if bias is not None else 0)
-            value = value.masked_fill(again.unsqueeze(-2), -torch.inf).exp_()
-            total = value.sum(-1, keepdim=True) + sharing.total
-            value = sharing.of_all(value, total)
+            value = value.masked_fill(again.unsqueeze(-2), -torch.inf)
+            total = _estimated_sum(query, value, number, key[:, self.skipped :], bias, self.skipped) + sharing.total
+            value = sharing.of_all(value.exp_(), total)
         value, place = top_latest(value, k)
         return Highest(value, index.gather(-1, place), total)
+
+
+def _estimated_sum(query: Tensor, found: Tensor, number: int, key: Tensor, bias: Tensor | None, skipped: int) -> Tensor:
+    """Sums of the exponentials of all scores, (rows and heads, choices, queries, 1), of which the `number` highest are
+    among `found` (..., queries, proposed): of these, and of the rest as a sample says.
+
+    key: (rows and heads, blocks, head_dim), without those skipped, which `bias` (rows and heads, all blocks) has.
+    """
+    step = -(-key.shape[1] // SAMPLED)
+    scores = query @ key[:, None, ::step].to(query.dtype).transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias[:, None, None, skipped::step].to(query.dtype)
+    # what a query found for itself; the sample speaks for what scores less
+    lowest = found.topk(min(number, found.shape[-1]), dim=-1).values[..., -1:]
+    high = found.masked_fill(found < lowest, -torch.inf).exp().sum(-1, keepdim=True)
+    return high + step * scores.masked_fill(scores >= lowest, -torch.inf).exp().sum(-1, keepdim=True)
