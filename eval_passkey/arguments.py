@@ -34,7 +34,7 @@ class ReadingArguments:
         default=None,
         metadata={
             "help": "Landmark model, with --cache: blocks that a query reads before the last window of the prompt, "
-            "where the question stands; default: as many as there."
+            "as long as training rows, where the question stands; default: as many as there."
         },
     )
     kernels: bool = field(

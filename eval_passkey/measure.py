@@ -135,16 +135,16 @@ def read_prompt(
 ) -> None:
     """Reads what `cache` does not hold yet of a prompt (1, length) without its last token, in several calls.
 
-    reading_retrieved_blocks: blocks that a query retrieves before the last window of the prompt; None: as many as
-        there.
+    reading_retrieved_blocks: blocks that a query retrieves before the last `train_context_length` positions of the
+        prompt; None: as many as there.
     """
-    block, settings = block_tokens(model.config), model.config.retrieval()
+    block = block_tokens(model.config)
     ordinary = input_ids.shape[1] + max_new_tokens
     cache.expect(ordinary + ordinary // block)  # so that what a tier holds is never moved
     rest = input_ids[:, cache.get_seq_length() : -1]
     calls = [(piece, None) for piece in rest.split(CALL_BLOCKS * block, dim=1)]
     if reading_retrieved_blocks is not None:
-        before = max(0, rest.shape[1] - (settings.num_direct_blocks + 1) * block)
+        before = max(0, rest.shape[1] - model.config.train_context_length // model.config.block_size * block)
         calls = [(piece, reading_retrieved_blocks) for piece in rest[:, :before].split(CALL_BLOCKS * block, dim=1)]
         calls.append((rest[:, before:], None))
     for piece, retrieved in calls:

@@ -50,7 +50,7 @@ def test_text_may_retrieve_less_than_the_question(
     )
     ids = torch.tensor([make_task("passkey", subject.tokenizer).prompt(300, 0).input_ids])
     measure.read_prompt(model, ids, 8, LandmarkCache(model.config, storage=HostStorage(budget=0)), None, 0)
-    window = (model.config.retrieval().num_direct_blocks + 1) * (model.config.block_size - 1)
+    window = model.config.train_context_length // model.config.block_size * (model.config.block_size - 1)
     assert [retrieved for _, retrieved in calls] == [0] * (len(calls) - 1) + [None] and len(calls) > 2
     assert torch.equal(torch.cat([piece for piece, _ in calls], dim=1), ids[:, :-1])
     assert calls[-1][0].shape[1] == window
