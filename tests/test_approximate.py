@@ -11,7 +11,7 @@ from tiny import random_ids, tiny_model
 
 from eval_passkey.prompts import InputError
 from landmark_llama import LandmarkCache
-from landmark_llama.reading import approximate
+from landmark_llama.reading import approximate, repeated
 from landmark_llama.reading.approximate import ApproximateLandmarks
 from landmark_llama.reading.choice import choose_blocks
 
@@ -87,6 +87,20 @@ def test_blocks_that_are_written_anew_are_searched_anew() -> None:
     assert not torch.equal(choose(query, other, position, "token_and_head", found).block, expected)
     found.forget(50)
     assert torch.equal(choose(query, other, position, "token_and_head", found).block, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("exhaustive")
+def test_of_equal_landmarks_the_later_blocks_are_chosen_as_by_the_exact_comparison(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeated, "FROM_BLOCKS", 64)
+    query, landmarks, position = case(300)
+    query, landmarks = (x.mul(4).round().div(4) for x in (query, landmarks))
+    landmarks = landmarks[:, :, torch.arange(landmarks.shape[2]) % 7].contiguous()
+    found = ApproximateLandmarks(kind)
+    choice = choose(query, landmarks, position, "head", found)
+    assert torch.equal(choice.block, choose(query, landmarks, position, "head").block) and not found._indices
 
 
 def test_few_blocks_are_compared_all() -> None:

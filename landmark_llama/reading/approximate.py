@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from landmark_llama.reading.highest import Highest, Sharing, top_latest
+from landmark_llama.reading.repeated import RepeatedLandmarks
 
 IndexKind = Literal["hnsw", "ivf"]
 
@@ -50,6 +51,7 @@ class ApproximateLandmarks:
         except ImportError as error:
             raise ValueError(f"index={kind!r}: needs faiss; pip install 'landmark-llama[faiss]'") from error
         self.kind: IndexKind = kind
+        self._repeated = RepeatedLandmarks()
         self._clear()
 
     def _clear(self) -> None:
@@ -59,6 +61,7 @@ class ApproximateLandmarks:
 
     def forget(self, block: int) -> None:
         """Announces that blocks from `block` on are written anew: an index cannot forget some, it is made anew."""
+        self._repeated.forget(block)
         if block < self.blocks:
             self._clear()
 
@@ -72,8 +75,11 @@ class ApproximateLandmarks:
         skipped: so many of the first blocks are not searched.
         """
         blocks = landmarks.shape[2]
-        if blocks < max(FROM_BLOCKS, self.blocks):
+        if blocks < FROM_BLOCKS:
             return None
+        repeated = self._repeated.search(landmarks, biases, k, skipped)
+        if repeated is not None or blocks < self.blocks:  # of many equal landmarks an index would propose any
+            return repeated
         if skipped != self.skipped:
             self._clear()
             self.skipped = skipped
