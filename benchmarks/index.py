@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from benchmarks.measure import MeasurementFailed, ResultsFile, Stopwatch, exit_with, isolated, machine, versions
-from benchmarks.memory import text_of
-from benchmarks.models import ModelArguments, landmark_config, load_model, shape_of
+from benchmarks.measure import MeasurementFailed, ResultsFile, Stopwatch, exit_with, isolated
+from benchmarks.memory import check_text, text_of, what_is_read
+from benchmarks.models import ModelArguments, landmark_config, load_model
 from landmark_llama import LandmarkCache, LandmarkLlamaConfig
 from landmark_llama.reading.approximate import ApproximateLandmarks
 from landmark_llama.reading.highest import Highest, Sharing
@@ -89,15 +89,13 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 if something could not be measured."""
     model, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(argv)
+    check_text(model, args.text)
     config = landmark_config(model, args.granularity)
     common = {
         "benchmark": "index",
-        "model": Path(model.model).name if model.model else "random weights",
-        "text": Path(args.text).name if args.text else "random tokens",
+        **what_is_read(model, config, args.text),
         "granularity": args.granularity,
-        "shape": shape_of(config),
-        "machine": machine(model.device, model.threads),
-        "versions": versions(),
+        "piece": args.piece,
     }
     results, run = ResultsFile(Path(args.output), common), functools.partial(isolated, threads=model.threads)
     for length in args.lengths:

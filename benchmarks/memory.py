@@ -142,6 +142,24 @@ def measure(
         return row | (_traffic(cache) if tier in (HOST, FILE) else {})
 
 
+def check_text(model_args: ModelArguments, path: str | None) -> None:
+    """Raises ValueError if there is no tokenizer to read the file `path` with."""
+    if path is not None and model_args.model is None:
+        raise ValueError(f"--text {path}: needs --model, whose tokenizer reads it")
+
+
+def what_is_read(model_args: ModelArguments, config: LandmarkLlamaConfig, path: str | None) -> dict[str, Any]:
+    """What rows say of the model, the text and the machine."""
+    return {
+        "model": Path(model_args.model).name if model_args.model else "random weights",
+        "text": Path(path).name if path else "random tokens",
+        "shape": shape_of(config),
+        "dtype": model_args.dtype,
+        "machine": machine(model_args.device, model_args.threads),
+        "versions": versions(),
+    }
+
+
 def text_of(model_args: ModelArguments, config: LandmarkLlamaConfig, path: str | None, length: int) -> Tensor:
     """(1, length) ids, int32: random ones, or of the file `path`, repeated as often as is needed."""
     if path is None:
@@ -257,22 +275,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 if something could not be measured."""
     model, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(argv)
-    if args.text is not None and model.model is None:
-        raise ValueError(f"--text {args.text}: needs --model, whose tokenizer reads it")
+    check_text(model, args.text)
     config = landmark_config(model, args.granularity)
     common = {
         "benchmark": "memory",
-        "model": Path(model.model).name if model.model else "random weights",
-        "text": Path(args.text).name if args.text else "random tokens",
+        **what_is_read(model, config, args.text),
         "granularity": args.granularity,
-        "shape": shape_of(config),
-        "dtype": model.dtype,
         "reading_retrieved_blocks": args.reading_retrieved_blocks,
         "piece": args.piece,
         "question_tokens": args.question,
         "answer_tokens": args.answer,
-        "machine": machine(model.device, model.threads),
-        "versions": versions(),
     }
     results, rows = ResultsFile(Path(args.output), common), []
     run = functools.partial(isolated, threads=model.threads)

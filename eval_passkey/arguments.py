@@ -30,24 +30,12 @@ class ReadingArguments:
         default=None, metadata={"help": "Landmark model: token_and_head, head or token."}
     )
     local_attention: str | None = field(default=None, metadata={"help": "Landmark model: sliding or chunked."})
-    reading_retrieved_blocks: int | None = field(
-        default=None,
-        metadata={
-            "help": "Landmark model, with --cache: blocks that a query reads before the last window of the prompt, "
-            "as long as training rows, where the question stands; default: as many as there."
-        },
-    )
     kernels: bool = field(
         default=True, metadata={"help": "Landmark model: false: PyTorch attends on a GPU too, not the Triton kernels."}
     )
     cache: str = field(
         default="device",
         metadata={"help": "Landmark model: where what it has read is kept: device, host, or file:FOLDER."},
-    )
-
-    index: Literal["exact", "hnsw", "ivf"] = field(
-        default="exact",
-        metadata={"help": "Landmark model, on a CPU: blocks are chosen exactly, or by an index of the package faiss."},
     )
 
     def storage(self, subject: Subject) -> Callable[[int], BlockStorage] | None:
@@ -110,6 +98,17 @@ class Arguments(ReadingArguments):
     )
     num_depths: int = field(default=5, metadata={"help": "Depths of the grid; has to divide --samples."})
     seed: int = field(default=0, metadata={"help": "Seed of the first prompt of a length; the next has the next one."})
+    reading_retrieved_blocks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Landmark model, with --cache: blocks that a query reads before the last window of the prompt, "
+            "as long as training rows, where the question stands; default: as many as there."
+        },
+    )
+    index: Literal["exact", "hnsw", "ivf"] = field(
+        default="exact",
+        metadata={"help": "Landmark model, on a CPU: blocks are chosen exactly, or by an index of the package faiss."},
+    )
     needle_rank: bool = field(
         default=False,
         metadata={"help": "Also say at which rank each layer and head of the landmark model sees the needle's block."},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_choice import SCALE, random_case
-from test_passkey_run import command, dense, landmark, rows_of  # noqa: F401
+from test_passkey_run import command, dense, landmark  # noqa: F401
 from tiny import random_ids, tiny_model
 
 from eval_passkey.prompts import InputError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks import index, memory
 from landmark_llama.reading.repeated import RepeatedLandmarks
 
 SHAPE = ["--hidden_size", "32", "--intermediate_size", "48", "--layers", "2", "--heads", "2", "--head_dim", "16"]
@@ -45,6 +45,21 @@ def test_a_small_run_measures_every_tier_and_the_dense_model(tmp_path: Path, cap
     assert rows[3]["file_mib"] > 0 and rows[2]["file_mib"] == 0
     assert all(0 <= share <= 1 for share in rows[-1]["overlap"])
     assert "| 600 | file | 0 MiB |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_index_is_measured_beside_the_exact_choice(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    output = tmp_path / "index.jsonl"
+    # more blocks than are compared all
+    what = ["--lengths", "33000", "--kinds", "exact", "ivf", "--output", str(output)]
+    assert index.main([*SHAPE, *SMALL, *what]) == 0
+    exact, searched = (json.loads(line) for line in output.read_text().splitlines())
+    assert [row["choice"] for row in (exact, searched)] == ["exact", "ivf"] and "recall" not in exact
+    assert exact["read_seconds"] > 0 and searched["read_seconds"] > 0
+    assert searched["recall"] and all(0 < share <= 1 for share in searched["recall"])
+    with pytest.raises(ValueError, match="--text BOOK: needs --model"):
+        index.main(["--text", "BOOK"])
 
 
 @pytest.mark.slow
