@@ -76,6 +76,19 @@ def test_most_of_the_best_blocks_of_random_landmarks_are_found(
     assert 0.6 < recall <= 1
 
 
+@pytest.mark.parametrize("sharpness", [0.2, 1.0])
+def test_what_shares_are_of_is_estimated_for_what_is_not_proposed_too(sharpness: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 5, 8, generator=generator) * sharpness
+    key, bias = torch.randn(2, 4002, 8, generator=generator), torch.randn(2, 4002, generator=generator) * 0.3
+    scores = query @ key[:, None, 2:].mT + bias[:, None, None, 2:]  # two sinks aside
+    found = scores.topk(20, dim=-1).values
+    total = approximate._estimated_sum(query, found, 20, key[:, 2:], bias, 2)
+    expected = scores.exp().sum(-1, keepdim=True)
+    assert (found.exp().sum(-1, keepdim=True) < 0.7 * expected).any(), "what is proposed says too little"
+    assert ((total / expected).log().abs() < 0.25).all()
+
+
 @pytest.mark.usefixtures("exhaustive")
 def test_blocks_that_are_written_anew_are_searched_anew() -> None:
     query, landmarks, position = case(200)
