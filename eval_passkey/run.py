@@ -91,7 +91,7 @@ class PasskeyRun:
         if self.args.device != "cpu":
             raise InputError(f"--index {self.index}: chooses on a CPU, not on {self.args.device}; add --device cpu")
         try:
-            self._new_cache()
+            LandmarkCache(self.subject.config, index=self.index)  # none of the storage's files
         except ValueError as error:
             raise InputError(f"--{error}") from error
 

@@ -50,7 +50,7 @@ def open_memory(
     for name, value in (retrieval or {}).items():
         setattr(config, name, value)
     if retrieval and "num_local_blocks" not in retrieval and config.num_local_blocks is not None:
-        room = config.train_context_length // config.block_size - config.num_retrieved_blocks - 2
+        room = config.room_for_local_blocks(config.num_retrieved_blocks)
         config.num_local_blocks = max(0, min(room, config.num_local_blocks))
     config.check()
     return memory

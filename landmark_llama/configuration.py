@@ -179,8 +179,7 @@ class LandmarkConfig(InstalledClass):
             raise ValueError(f"num_retrieved_blocks={retrieved}: must not be negative")
         if local is not None and local < 0:
             raise ValueError(f"num_local_blocks={local}: must not be negative")
-        # a window holds the prefix (one slot more than retrieved blocks), the direct blocks and the own block
-        room = self.train_context_length // self.block_size - (retrieved + 1) - 1
+        room = self.room_for_local_blocks(retrieved)
         needed = 0 if local is None or attention == "chunked" else local
         if room < needed:
             raise ValueError(
@@ -195,6 +194,11 @@ class LandmarkConfig(InstalledClass):
         questions = asked if (attention, granularity) == ("sliding", "head") else (0, 0)
         exact = self.block_weight == "exact"
         return RetrievalSettings(retrieved, direct, attention, granularity, sinks, exact, *questions)
+
+    def room_for_local_blocks(self, num_retrieved_blocks: int) -> int:
+        """Blocks that a query can read directly before its own; negative if the window is too small for the rest."""
+        # a window holds the prefix (one slot more than retrieved blocks), the direct blocks and the own block
+        return self.train_context_length // self.block_size - (num_retrieved_blocks + 1) - 1
 
     def segment_retrieval(self, num_retrieved_blocks: int | None = None) -> RetrievalSettings:
         """The settings for training on one segment of a longer text: chunked, with a choice for each token and head.
